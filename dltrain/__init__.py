@@ -1,0 +1,61 @@
+"""dltrain: distributed training of image and time-series models in PyTorch.
+
+Importing the package imports neither torch nor boto3: every public name is looked up when it is first used,
+so that ``dltrain --help`` answers at once.
+
+    from dltrain import Config, Task, preset
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "dltrain.task",
+    "Config": "dltrain.config",
+    "Dataset": "dltrain.data.reader",
+    "Hook": "dltrain.hooks.base",
+    "Length": "dltrain.config",
+    "Loader": "dltrain.data.loader",
+    "Loss": "dltrain.task",
+    "Order": "dltrain.data.order",
+    "Plan": "dltrain.parallel.plan",
+    "Request": "dltrain.hooks.base",
+    "Sample": "dltrain.task",
+    "Section": "dltrain.config",
+    "ShardWriter": "dltrain.data.writer",
+    "Task": "dltrain.task",
+    "Trainer": "dltrain.trainer",
+    "UserError": "dltrain.errors",
+    "main": "dltrain.job",
+    "preset": "dltrain.config",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dltrain' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+if TYPE_CHECKING:
+    from dltrain.config import Config, Length, Section, preset
+    from dltrain.data.loader import Loader
+    from dltrain.data.order import Order
+    from dltrain.data.reader import Dataset
+    from dltrain.data.writer import ShardWriter
+    from dltrain.errors import UserError
+    from dltrain.hooks.base import Hook, Request
+    from dltrain.job import main
+    from dltrain.parallel.plan import Plan
+    from dltrain.task import Batch, Loss, Sample, Task
+    from dltrain.trainer import Trainer

@@ -1,0 +1,44 @@
+"""Configuration: a typed tree, strict loading, dotted overrides, a YAML record. Imports no torch.
+
+    config = load_overrides(digits(), {"optim.learning_rate": "0.1"})
+    assert from_yaml(Config, to_yaml(config)) == config
+"""
+
+from dltrain.config.length import Length
+from dltrain.config.load import from_yaml, load_overrides, split_arguments, to_yaml
+from dltrain.config.tree import (
+    Checkpoint,
+    Config,
+    Data,
+    Evaluation,
+    Logging,
+    Model,
+    Optim,
+    Parallel,
+    Precision,
+    Run,
+    Schedule,
+    Section,
+    preset,
+)
+
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Evaluation",
+    "Length",
+    "Logging",
+    "Model",
+    "Optim",
+    "Parallel",
+    "Precision",
+    "Run",
+    "Schedule",
+    "Section",
+    "from_yaml",
+    "load_overrides",
+    "preset",
+    "split_arguments",
+    "to_yaml",
+]

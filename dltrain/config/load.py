@@ -1,0 +1,149 @@
+"""Reading a config strictly and writing its record.
+
+Overrides are dotted names with text values, as they come from the command line (``--optim.learning_rate 0.1``) or from
+a hyperparameter (``optim__learning_rate``). Each mistake is one sentence that names the key and what would be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from dltrain.config.tree import Config, Section
+from dltrain.errors import UserError, nearest
+
+C = TypeVar("C", bound=Config)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Divide a command line into its words and its dotted overrides.
+
+    ``["digits", "--run.seed", "3"]`` becomes ``(["digits"], {"run.seed": "3"})``; ``--key=value`` is the same as
+    ``--key value``. Options without a dot stay among the words.
+    """
+    words: list[str] = []
+    overrides: dict[str, str] = {}
+    rest = iter(arguments)
+    for word in rest:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            words.append(word)
+            continue
+        if not equals:
+            following = next(rest, None)
+            if following is None or following.startswith("--"):
+                raise UserError(f"--{key} needs a value: --{key} VALUE")
+            value = following
+        if key in overrides:
+            raise UserError(f"--{key} is given twice")
+        overrides[key] = value
+    return words, overrides
+
+
+def check_keys(kind: type[Section], names: Sequence[str]) -> None:
+    """Refuse the first dotted name that is no leaf of ``kind``, naming the nearest one."""
+    known = leaves(kind)
+    for name in names:
+        if name not in known:
+            section, _, _ = name.partition(".")
+            candidates = [leaf for leaf in known if leaf.startswith(section + ".")] or list(known)
+            raise UserError(f"there is no setting {name!r}; {nearest(name, candidates)}")
+
+
+def leaves(kind: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every setting below a section by its dotted name."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in kind.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            found.update(leaves(annotation, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def load_overrides(config: C, overrides: Mapping[str, Any]) -> C:
+    """A copy of ``config`` with dotted settings replaced and everything checked again. Raises :class:`UserError`."""
+    names = {name.replace("__", "."): value for name, value in overrides.items()}
+    kind = type(config)
+    check_keys(kind, list(names))
+    known = leaves(kind)
+    changes: dict[str, Any] = {}
+    for name, value in names.items():
+        *path, last = name.split(".")
+        inner = changes
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = _parse(value, known[name])
+    return _validated(kind, _merged(_plain(config), changes), "")
+
+
+def from_yaml(kind: type[C], text: str, source: str = "") -> C:
+    """The config a YAML record describes. Raises :class:`UserError` naming the key at fault."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source or 'the config'} is not YAML: {error}".replace("\n", " ")) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{source or 'the config'} is not a mapping of sections")
+    check_keys(kind, [*_dotted(tree)])
+    return _validated(kind, tree, source)
+
+
+def to_yaml(config: Config) -> str:
+    """The record of a config: every value, in the order of the tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _validated(kind: type[C], tree: Mapping[str, Any], source: str) -> C:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        where = f" (in {source})" if source else ""
+        found = f"--{name} is {first['input']!r}: " if name else ""
+        raise UserError(f"{found}{reason[0].lower()}{reason[1:]}{where}") from None
+
+
+def _plain(config: Section) -> dict[str, Any]:
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    return {name: _plain(value) if isinstance(value, Section) else value for name, value in fields.items()}
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in changes.items():
+        inner = merged.get(name)
+        merged[name] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            names.extend(_dotted(value, f"{prefix}{name}."))
+        else:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def _parse(value: Any, field: FieldInfo) -> Any:
+    """Text for a list or a mapping is read as YAML; all other text is left to the field's own type."""
+    if isinstance(value, str) and _is_collection(field.annotation):
+        parsed = yaml.safe_load(value)
+        return [part.strip() for part in value.split(",")] if isinstance(parsed, str) else parsed
+    return value
+
+
+def _is_collection(annotation: Any) -> bool:
+    origin = get_origin(annotation) or annotation
+    if origin in (list, tuple, dict, set):
+        return True
+    return any(_is_collection(part) for part in get_args(annotation))

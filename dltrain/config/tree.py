@@ -1,0 +1,228 @@
+"""The typed tree that every recipe extends.
+
+Each section is frozen and strict: an unknown key is an error that names the nearest one. The string under a field is
+its documentation, shown by ``dltrain train --help``. A recipe derives :class:`Config` and replaces ``model`` by a
+section of its own; a preset is a function that returns a config.
+
+    @preset
+    def digits() -> Config:
+        return Config(data=Data(train="bundled://digits/train"), run=Run(length=Length.parse("15ep")))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dltrain.config.length import Length
+
+NotNegative = Field(default=0, ge=0)
+
+
+class Section(BaseModel):
+    """A frozen, documented part of the tree; unknown keys are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, arbitrary_types_allowed=True
+    )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields replaced; the whole is checked again."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**fields, **changes})
+
+
+class Run(Section):
+    """The run: its name and place, how long it lasts, what makes it repeatable."""
+
+    name: str = ""
+    """Folder of the run under `folder`; empty makes a fresh name from the recipe, the preset and the time."""
+    folder: str = "runs"
+    """Local folder that holds all runs."""
+    length: Length = Length.parse("10ep")
+    """How long to train: epochs, steps or hours."""
+    resume: str = "never"
+    """'never' starts anew, 'auto' continues the named (or latest unfinished) run, a path continues that run."""
+    seed: int = NotNegative
+    """Seed of initial weights, order of data, augmentation and dropout."""
+    deterministic: bool = False
+    """Refuse operations without a deterministic form, so that two runs on a GPU agree bit for bit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; 'auto' takes CUDA where there is one."""
+    threads: int = NotNegative
+    """CPU threads of each rank; 0 divides the cores by the ranks on this host."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a gradient that is not finite. Either way the update is skipped on the device."""
+
+
+class Data(Section):
+    """Where the samples lie and in what order they are read."""
+
+    train: str = ""
+    """URL of the training shards (file://, s3://, bundled://), or a local folder."""
+    evaluation: str = ""
+    """URL of the held-out shards; empty trains without evaluation."""
+    global_batch_size: int = Field(default=64, gt=0)
+    """Samples of one optimizer step over all ranks."""
+    tail: Literal["carry", "drop", "pad"] = "carry"
+    """The last, smaller batch of an epoch: filled from the next epoch, left out, or padded with weight 0."""
+    lanes: int = Field(default=16, gt=0, le=65536)
+    """Pieces the shuffled line of shards is cut into and read from in turn. Part of the order: keep it on resume."""
+    window: int = Field(default=4096, gt=0)
+    """Samples shuffled together within a lane. Part of the order: keep it on resume."""
+    workers: int = NotNegative
+    """Loader processes of each rank; 0 loads in the training process."""
+    start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"
+    """How loader processes start; fork is quickest, and unsafe once threads run."""
+    prefetch: int = Field(default=2, gt=0)
+    """Batches each worker prepares ahead."""
+    memory: int = Field(default=256, ge=0)
+    """MiB of whole shards a reader keeps; larger shards are read by ranges, sample by sample."""
+
+
+class Model(Section):
+    """The model; each recipe has its own fields here."""
+
+
+class Optim(Section):
+    """The optimizer, always in its fused form."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019) or SGD with momentum."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate; not scaled by batch size or ranks."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled decay (AdamW) or L2 (SGD), for parameters of two or more dimensions."""
+    no_decay: tuple[str, ...] = ()
+    """Further parameter-name patterns left without decay, such as '*.position'; each must match something."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's term for numerical stability."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD's momentum."""
+    nesterov: bool = False
+    """SGD with Nesterov's momentum."""
+    max_norm: float = NotNegative
+    """Clip the global gradient norm at this value; 0 measures it without clipping."""
+
+
+class Schedule(Section):
+    """Learning rate over the run, as a multiple of `optim.learning_rate`."""
+
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    """Cosine to `final`, a factor `gamma` at each milestone, or constant; each after the warm-up."""
+    warmup: Length = Length.parse("0st")
+    """Linear rise from 0, in steps or epochs."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """Where the cosine ends."""
+    milestones: tuple[Length, ...] = ()
+    """Where 'step' multiplies by `gamma`, in steps or epochs."""
+    gamma: float = Field(default=0.1, gt=0)
+    """Factor of each milestone."""
+
+
+class Precision(Section):
+    """Number formats and compilation."""
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """bf16 keeps fp32 master weights and fp32 gradient reduction."""
+    matmul: Literal["highest", "high"] = "highest"
+    """'high' lets fp32 matrix products use TF32 on a GPU."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Keep 4-D weights and images channels last."""
+
+
+class Parallel(Section):
+    """How the ranks divide the work: degrees multiply to the number of ranks."""
+
+    dp_replicate: int = Field(default=-1, ge=-1)
+    """Replicas of the (sharded) model; -1 takes the ranks that are left."""
+    dp_shard: int = Field(default=1, ge=-1)
+    """Ranks that share one sharded copy (FSDP2); -1 takes the ranks that are left, 1 is DDP."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after the forward pass (ZeRO-3) or keep them for the backward pass (ZeRO-2)."""
+    micro_batch: int = NotNegative
+    """Most samples per rank in one forward pass; gradients accumulate over the rest. 0 takes all at once."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds a collective may wait for the other ranks."""
+
+
+class Checkpoint(Section):
+    """What is saved, how often, and how many are kept."""
+
+    every: Length = Length.parse("1ep")
+    """Interval between checkpoints; 0st saves at the end alone."""
+    keep: int = Field(default=2, gt=0)
+    """Last checkpoints kept, beside the best one."""
+
+
+class Logging(Section):
+    """What the run shows while it trains."""
+
+    every: Length = Length.parse("10st")
+    """Interval between records in metrics.jsonl and TensorBoard."""
+    progress: Literal["auto", "rich", "plain", "off"] = "auto"
+    """A live line on a terminal ('rich'), a line per record elsewhere ('plain')."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+
+class Evaluation(Section):
+    """The held-out samples: when they are scored and which score counts."""
+
+    every: Length = Length.parse("1ep")
+    """Interval between evaluations; there is always one at the end."""
+    batch_size: int = NotNegative
+    """Samples of one evaluation step over all ranks; 0 takes data.global_batch_size."""
+    metric: str = "loss"
+    """Metric by which the best checkpoint is kept."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger value is better."""
+    report: bool = True
+    """Write report/ at the end of training."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: Run = Run()
+    data: Data = Data()
+    model: Model = Model()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    precision: Precision = Precision()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, length in (("schedule.warmup", self.schedule.warmup), *_milestones(self.schedule)):
+            if length.unit == "h":
+                raise ValueError(f"{name} is {length}: give it in epochs (ep) or steps (st)")
+        if self.run.length.unit == "h" and self.schedule.name == "cosine":
+            raise ValueError("schedule.name cosine needs run.length in epochs or steps; take 'constant' or 'step'")
+        if not self.run.length:
+            raise ValueError("run.length is zero: nothing would be trained")
+        if self.parallel.dp_replicate == self.parallel.dp_shard == -1:
+            raise ValueError("only one of parallel.dp_replicate and parallel.dp_shard can be -1")
+        return self
+
+
+def _milestones(schedule: Schedule) -> list[tuple[str, Length]]:
+    return [(f"schedule.milestones.{place}", length) for place, length in enumerate(schedule.milestones)]
+
+
+PresetFunction = TypeVar("PresetFunction", bound=Callable[[], Config])
+
+
+def preset(function: PresetFunction) -> PresetFunction:
+    """Mark a function without arguments that returns a config as a preset named after it."""
+    function.__dict__["is_preset"] = True
+    return function

@@ -1,0 +1,82 @@
+"""The list of a data set's shards: ``manifest.json`` beside them.
+
+It holds what must be known before any shard is opened: samples, sizes and checksums of each shard and of its index,
+and facts of the data (class names, scales). The fingerprint tells whether two runs saw the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dltrain import storage
+from dltrain.errors import UserError
+from dltrain.storage.base import ObjectNotFound
+
+NAME = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar and its index; sizes in bytes, checksums crc32c."""
+
+    name: str
+    samples: int
+    bytes: int
+    crc32c: int
+    index: str
+    index_bytes: int
+    index_crc32c: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of a data set in order, and facts of the data."""
+
+    url: str
+    shards: tuple[ShardInfo, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the shards' names, samples, sizes and checksums."""
+        text = json.dumps([[s.name, s.samples, s.bytes, s.crc32c] for s in self.shards])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def shard_url(self, shard: int) -> str:
+        return storage.join(self.url, self.shards[shard].name)
+
+    def save(self) -> None:
+        """Write ``manifest.json``, last of all, so that a data set without one is unfinished."""
+        tree = {"version": VERSION, "facts": self.facts, "shards": [asdict(shard) for shard in self.shards]}
+        storage.write(storage.join(self.url, NAME), (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def load_manifest(url: str) -> Manifest:
+    """Read the manifest of the data set at ``url``. Raises :class:`UserError` when it is absent, broken or empty."""
+    try:
+        text = storage.read(storage.join(url, NAME))
+    except ObjectNotFound:
+        raise UserError(
+            f"there is no data set at {url}: {storage.join(url, NAME)} does not exist; "
+            "check the URL, or index existing tars with: dltrain shards index " + url
+        ) from None
+    try:
+        tree = json.loads(bytes(text))
+        if tree["version"] != VERSION:
+            raise UserError(f"{url}/{NAME} has version {tree['version']}; this dltrain reads version {VERSION}")
+        manifest = Manifest(url, tuple(ShardInfo(**shard) for shard in tree["shards"]), tree["facts"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{storage.join(url, NAME)} is not a manifest of shards ({error})") from None
+    if not manifest.samples:
+        raise UserError(f"the data set at {url} is empty: its manifest lists {len(manifest.shards)} shards, no samples")
+    return manifest
