@@ -1,4 +1,4 @@
-"""What a recipe supplies (:class:`Task`), and what passes between loader, engine and hooks (:class:`Batch`, :class:`Loss`).
+"""What a recipe supplies (:class:`Task`), and what passes between loader, engine and hooks (``Batch``, :class:`Loss`).
 
 A task knows nothing about devices, ranks or micro-batches: those are the engine's. It decodes a sample, builds a model,
 says what goes into it, and returns one loss value per sample.
@@ -6,14 +6,14 @@ says what goes into it, and returns one loss value per sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dltrain.data.batch import Batch
 from dltrain.data.decode import decode_fields
 from dltrain.data.sample import Sample
 
@@ -24,51 +24,6 @@ if TYPE_CHECKING:
     from dltrain.parallel.plan import Plan
 
 __all__ = ["Batch", "Loss", "Sample", "Task"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one rank in one step.
-
-    ``fields`` are tensors with samples first; ``weight`` is float32 [n], 0 for padding and 1 otherwise unless the data
-    says differently; ``position`` is int64 [n], -1 for padding; ``keys`` name the samples.
-    """
-
-    fields: Mapping[str, Tensor]
-    weight: Tensor
-    keys: tuple[str, ...]
-    position: Tensor
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def to(self, device: torch.device, channels_last: bool = False) -> Batch:
-        """The same batch on ``device``; copies from pinned memory do not wait."""
-        moved = {
-            name: value.to(
-                device,
-                non_blocking=True,
-                memory_format=torch.channels_last if channels_last and value.dim() == 4 else torch.preserve_format,
-            )
-            for name, value in self.fields.items()
-        }
-        return replace(self, fields=moved, weight=self.weight.to(device, non_blocking=True))
-
-    def split(self, micro_batch: int) -> Iterator[Batch]:
-        """Pieces of at most ``micro_batch`` samples; 0 keeps the batch whole."""
-        if not micro_batch or micro_batch >= len(self):
-            yield self
-            return
-        for start in range(0, len(self), micro_batch):
-            part = slice(start, start + micro_batch)
-            fields = {name: value[part] for name, value in self.fields.items()}
-            yield Batch(fields, self.weight[part], self.keys[part], self.position[part])
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (torch's loader calls this)."""
-        return replace(
-            self, fields={k: v.pin_memory() for k, v in self.fields.items()}, weight=self.weight.pin_memory()
-        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +43,8 @@ class Task:
 
     def __init__(self, config: Config) -> None:
         self.config: Any = config
+        self.facts: dict[str, Any] = {}
+        """What the manifest of the training data says of them: class names, scales. Set before the first sample."""
 
     def window(self) -> Window | None:
         """For time series: the windows that are the samples; ``None`` where a member of a shard is one."""
@@ -116,6 +73,10 @@ class Task:
     def count(self, batch: Batch) -> Tensor:
         """What each sample counts, float [n], known before the forward pass: 1, or its number of targets."""
         return torch.ones_like(batch.weight)
+
+    def predictions(self, outputs: Any, batch: Batch) -> Any:
+        """What metrics are given, from the model's outputs: as they are, by default."""
+        return outputs
 
     def metrics(self) -> Metric:
         """A fresh metric for one evaluation."""

@@ -37,6 +37,17 @@ def decode_field(sample: Sample, name: str) -> Array:
         raise UserError(f"cannot decode field {name!r} of {sample.where}: {error}") from None
 
 
+def decode_label(sample: Sample, classes: int, name: str = "cls") -> Array:
+    """A class label as int64 scalar. Raises :class:`UserError` naming the sample when it is not in [0, classes)."""
+    label = decode_field(sample, name)
+    if not 0 <= int(label) < classes:
+        raise UserError(
+            f"{sample.where} has label {int(label)}, but there are {classes} classes (labels 0 to {classes - 1}); "
+            "correct the label, or give the recipe more classes"
+        )
+    return label
+
+
 def _decode(data: bytes, extension: str) -> Array:
     if extension in ("jpg", "jpeg"):
         import simplejpeg

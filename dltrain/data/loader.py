@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from dltrain.data.batch import Batch
 from dltrain.data.order import Order, sample_key, share, step_span
 from dltrain.data.reader import Dataset
 from dltrain.data.sample import Sample
 from dltrain.errors import UserError
-from dltrain.task import Batch
 
 Transform = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray[Any, Any]]]
 Span = tuple[int, int]
@@ -116,7 +116,7 @@ class Loader:
         self.samples = order.samples
         self.global_batch_size = global_batch_size
         self._order, self._fingerprint = order, dataset.fingerprint
-        self._tail, self._end = tail, epochs * order.samples
+        self.tail, self._end = tail, epochs * order.samples
         self._workers, self._prefetch, self._start_method = workers, prefetch, start_method
         self._pin_memory = pin_memory
         size = -(-global_batch_size // ranks)
@@ -126,7 +126,7 @@ class Loader:
     def steps(self) -> int:
         """Batches that one epoch takes when it starts at its beginning."""
         whole, rest = divmod(self.samples, self.global_batch_size)
-        return whole + (1 if rest and self._tail != "drop" else 0)
+        return whole + (1 if rest and self.tail != "drop" else 0)
 
     def __iter__(self) -> Iterator[Batch]:
         spans = self._spans(self.position)
@@ -147,9 +147,16 @@ class Loader:
             self.position = span[1]
             yield batch
 
+    def peek(self) -> Batch:
+        """The batch at the current position, without moving."""
+        batch = self._fetch[next(self._spans(self.position))]
+        if isinstance(batch, _Failure):
+            raise UserError(batch.message)
+        return batch
+
     def _spans(self, position: int) -> Iterator[Span]:
         while not self._end or position < self._end:
-            start, stop = step_span(position, self.samples, self.global_batch_size, self._tail)
+            start, stop = step_span(position, self.samples, self.global_batch_size, self.tail)
             if self._end and start >= self._end:
                 return
             yield start, stop

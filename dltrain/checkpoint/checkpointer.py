@@ -1,0 +1,139 @@
+"""What is saved, how it is committed, found and kept.
+
+``checkpoints/step-00000100/`` holds tensors by DCP, everything else as ``state.json``, and, written last, ``COMMITTED``:
+sizes and checksums of all files. A folder without it is a torn save and never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch.distributed as dist
+
+from dltrain import storage
+from dltrain.checkpoint.tensors import load_tensors, save_tensors
+from dltrain.errors import UserError
+from dltrain.parallel.engine import Engine
+from dltrain.runtime.environment import Environment
+from dltrain.runtime.logs import warn
+
+COMMITTED = "COMMITTED"
+STATE = "state.json"
+BEST = "best.json"
+
+
+class Checkpointer:
+    """Checkpoints of one run in ``folder``; the last ``keep`` and the best one stay."""
+
+    def __init__(self, folder: Path, keep: int, environment: Environment) -> None:
+        self.folder = folder
+        self._keep = keep
+        self._environment = environment
+
+    def save(self, step: int, engine: Engine, state: dict[str, Any]) -> Path:
+        """Save and commit; collective. ``state`` is JSON, equal on every rank. Saving a step twice is a no-op."""
+        path = self.folder / f"step-{step:08d}"
+        if (path / COMMITTED).is_file():
+            return path
+        if self._environment.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+        _barrier()
+        save_tensors(path, engine.state_dict())
+        sums = _checksums(path, [file.name for file in path.glob(f"__{self._environment.rank}_*")])
+        files = {name: entry for part in _gather(sums) for name, entry in part.items()}
+        if self._environment.is_main:
+            storage.write(str(path / STATE), json.dumps(state, indent=1).encode())
+            files |= _checksums(path, [STATE, ".metadata"])
+            storage.write(str(path / COMMITTED), json.dumps({"step": step, "files": files}, indent=1).encode())
+            self._prune()
+        _barrier()
+        return path
+
+    def load(self, path: Path, engine: Engine) -> dict[str, Any]:
+        """Give the engine its tensors and return the rest of the state; collective. Raises :class:`UserError`."""
+        damage = [found for found in _gather(self._damage(path)) if found]
+        if damage:
+            raise UserError(f"the checkpoint {path} is damaged: {damage[0]}; resume from another one")
+        state = engine.state_dict()
+        load_tensors(path, state)
+        engine.load_state_dict(state)
+        return dict(json.loads((path / STATE).read_text()))
+
+    def latest(self) -> Path | None:
+        """The last committed checkpoint whose files are whole; collective. Damaged ones are passed over, aloud."""
+        for path in reversed(committed(self.folder)):
+            damage = [found for found in _gather(self._damage(path)) if found]
+            if not damage:
+                return path
+            warn(self._environment, f"passing over {path}: {damage[0]}")
+        return None
+
+    def mark_best(self, step: int, metric: str, value: float) -> None:
+        """Keep the checkpoint of ``step`` as the best until another is marked."""
+        if self._environment.is_main:
+            record = {"step": step, "metric": metric, "value": value}
+            storage.write(str(self.folder / BEST), json.dumps(record).encode())
+            self._prune()
+
+    def _prune(self) -> None:
+        best = best_checkpoint(self.folder)
+        for path in committed(self.folder)[: -self._keep]:
+            if path != best:
+                (path / COMMITTED).unlink()
+                shutil.rmtree(path)
+
+    def _damage(self, path: Path) -> str:
+        """What is wrong with this rank's share of the files; empty when nothing is."""
+        files = json.loads((path / COMMITTED).read_text())["files"]
+        for place, (name, expected) in enumerate(sorted(files.items())):
+            if place % self._environment.world_size != self._environment.rank:
+                continue
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            found = _checksums(path, [name])[name]
+            if found != expected:
+                return f"{name} has {found['bytes']} bytes and crc32c {found['crc32c']}, not {expected}"
+        return ""
+
+
+def committed(folder: Path) -> list[Path]:
+    """Committed checkpoints by step."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{COMMITTED}"))
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint marked best, if there is one."""
+    record = folder / BEST
+    if not record.is_file():
+        return None
+    path = folder / f"step-{json.loads(record.read_text())['step']:08d}"
+    return path if (path / COMMITTED).is_file() else None
+
+
+def _checksums(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
+    entries = {}
+    for name in names:
+        checksum = google_crc32c.Checksum()
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(8 << 20):
+                checksum.update(chunk)
+        entries[name] = {"bytes": (folder / name).stat().st_size, "crc32c": int(checksum.hexdigest(), 16)}
+    return entries
+
+
+def _gather(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,88 @@
+"""Tensors of model and optimizer by torch's distributed checkpoint (DCP), and nothing else.
+
+DCP unpickles what is not a tensor, and its own ``.metadata``, without limits. So only tensors are given to it, and the
+metadata is read by an unpickler that knows DCP's classes and no others: a checkpoint from somewhere else runs no code.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from dltrain.errors import UserError
+
+_ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+}
+_ALLOWED_FILESYSTEM = {"_StorageInfo", "_StoragePrefix"}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in _ALLOWED
+        known |= module == "torch.distributed.checkpoint.metadata" and name.isidentifier()
+        known |= module == "torch.distributed.checkpoint.filesystem" and name in _ALLOWED_FILESYSTEM
+        known |= module == "torch" and name in _dtype_names()
+        if not known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of tensors needs")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = self.storage_meta()
+        return metadata
+
+
+def save_tensors(folder: Path, state: dict[str, Any]) -> None:
+    """Write the tensors of an engine's state; collective."""
+    dcp.save(flatten(state), storage_writer=dcp.FileSystemWriter(folder), no_dist=not dist.is_initialized())
+
+
+def load_tensors(folder: Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of an engine's state in place, whatever layout they were saved under; collective.
+
+    Raises :class:`UserError` naming the first tensor that is missing or of another shape.
+    """
+    tensors = flatten(state)
+    reader = _Reader(folder)
+    try:
+        saved = reader.read_metadata().state_dict_metadata
+    except (pickle.UnpicklingError, OSError, EOFError, AttributeError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
+    for name, tensor in tensors.items():
+        there = saved.get(name)
+        if not isinstance(there, TensorStorageMetadata):
+            raise UserError(f"the checkpoint {folder} has no tensor {name!r}: it is of another model or optimizer")
+        if there.size != tensor.shape:
+            raise UserError(
+                f"tensor {name!r} has shape {tuple(there.size)} in the checkpoint {folder} and {tuple(tensor.shape)} "
+                "here; give the model the settings it was trained with, or start a new run"
+            )
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def flatten(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name: ``model/<parameter>`` and ``optimizer/<parameter>/<state>``."""
+    tensors = {f"model/{name}": value for name, value in state["model"].items()}
+    for name, values in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    return tensors
+
+
+def _dtype_names() -> set[str]:
+    import torch
+
+    return {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}

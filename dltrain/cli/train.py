@@ -1,0 +1,52 @@
+"""``dltrain train RECIPE [--preset NAME] [--nproc N] [--section.key value ...]``"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from dltrain.cli.main import Parser
+from dltrain.config import Config, split_arguments
+from dltrain.config.describe import describe
+from dltrain.errors import UserError
+from dltrain.recipes import declarations, find
+from dltrain.run_folder import choose_run
+from dltrain.runtime.launch import launch
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Check everything that needs no torch, then start the ranks."""
+    words, overrides = split_arguments(arguments)
+    parser = Parser(prog="dltrain train", add_help=False)
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("-h", "--help", action="store_true")
+    known = parser.parse_args(words)
+    if known.help or known.recipe is None:
+        print(_help(known.recipe, known.preset))
+        return 0 if known.help else 2
+    if known.nproc < 1:
+        raise UserError(f"--nproc is {known.nproc}; give 1 or more")
+    config = declarations(known.recipe).configure(known.preset, overrides)
+    choose_run(config, known.recipe, known.preset)
+    command = [sys.executable, str(find(known.recipe)), "train"]
+    command += ["--preset", known.preset] if known.preset else []
+    command += [word for name, value in overrides.items() for word in (f"--{name}={value}",)]
+    return launch(command, known.nproc, {"DLTRAIN_RECIPE": known.recipe})
+
+
+def _help(recipe: str | None, preset: str) -> str:
+    lines = [
+        "usage: dltrain train RECIPE [--preset NAME] [--nproc N] [--section.key value ...]",
+        "",
+        "RECIPE is a name from `dltrain recipe ls`, or a file of yours ending in .py; N is the number of ranks here.",
+        "Lengths and intervals carry a unit: 2ep (epochs), 100st (steps), 0.5h (hours).",
+    ]
+    config: Config = Config()
+    if recipe is not None:
+        declared = declarations(recipe)
+        config = declared.configure(preset, {})
+        lines += ["", f"Presets of {recipe}:"]
+        lines += [f"  {name}: {(make.__doc__ or '').strip()}" for name, make in declared.presets.items()]
+    return "\n".join([*lines, "", describe(config)])

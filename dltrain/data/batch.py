@@ -1,0 +1,54 @@
+"""Samples of one rank in one step, as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one rank in one step.
+
+    ``fields`` are tensors with samples first; ``weight`` is float32 [n], 0 for padding and 1 otherwise unless the data
+    says differently; ``position`` is int64 [n], -1 for padding; ``keys`` name the samples.
+    """
+
+    fields: Mapping[str, Tensor]
+    weight: Tensor
+    keys: tuple[str, ...]
+    position: Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device, channels_last: bool = False) -> Batch:
+        """The same batch on ``device``; copies from pinned memory do not wait."""
+        moved = {
+            name: value.to(
+                device,
+                non_blocking=True,
+                memory_format=torch.channels_last if channels_last and value.dim() == 4 else torch.preserve_format,
+            )
+            for name, value in self.fields.items()
+        }
+        return replace(self, fields=moved, weight=self.weight.to(device, non_blocking=True))
+
+    def split(self, micro_batch: int) -> Iterator[Batch]:
+        """Pieces of at most ``micro_batch`` samples; 0 keeps the batch whole."""
+        if not micro_batch or micro_batch >= len(self):
+            yield self
+            return
+        for start in range(0, len(self), micro_batch):
+            part = slice(start, start + micro_batch)
+            fields = {name: value[part] for name, value in self.fields.items()}
+            yield Batch(fields, self.weight[part], self.keys[part], self.position[part])
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (torch's loader calls this)."""
+        return replace(
+            self, fields={k: v.pin_memory() for k, v in self.fields.items()}, weight=self.weight.pin_memory()
+        )

@@ -1,0 +1,97 @@
+"""What may watch a run. A hook observes; to act it returns a request.
+
+Requests of all ranks ride on the next step's reduction and are acted on a fixed number of steps later, by every rank at
+the same step. Values of a step reach hooks in ``logged``, a few steps late, so that the device is never waited for.
+
+    class StopAtLoss(Hook):
+        def logged(self, trainer, record):
+            return Request.STOP if record["loss"] < 0.01 else None
+"""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from dltrain.config import Config
+from dltrain.data.batch import Batch
+from dltrain.parallel.engine import Engine
+
+EVENTS = (
+    "fit_start",
+    "step_start",
+    "gradients_ready",
+    "step_end",
+    "logged",
+    "evaluation_start",
+    "evaluation_end",
+    "checkpoint_saved",
+    "stop_requested",
+    "fit_end",
+)
+
+
+class Request(enum.Flag):
+    """What a hook may ask for."""
+
+    STOP = enum.auto()
+    """Save and end; the run can be resumed."""
+    FINISH = enum.auto()
+    """End as if the run's length were reached."""
+    SAVE = enum.auto()
+    """Save a checkpoint."""
+    EVALUATE = enum.auto()
+    """Evaluate."""
+
+
+class View(Protocol):
+    """What a hook may read of the trainer."""
+
+    config: Config
+    engine: Engine
+    step: int
+    total_steps: int
+
+    @property
+    def position(self) -> int: ...
+
+    @property
+    def epoch(self) -> float: ...
+
+
+class Hook:
+    """Override any of the events. With ``state_dict`` the hook is saved and resumed under its class name."""
+
+    def fit_start(self, trainer: View) -> Request | None:
+        """Before the first step, after a resume."""
+
+    def step_start(self, trainer: View, batch: Batch) -> Request | None:
+        """A batch is at hand."""
+
+    def gradients_ready(self, trainer: View) -> Request | None:
+        """Gradients are reduced, not yet clipped."""
+
+    def step_end(self, trainer: View) -> Request | None:
+        """Weights are updated; ``trainer.step`` counts this step."""
+
+    def logged(self, trainer: View, record: dict[str, Any]) -> Request | None:
+        """A record of a logged step, equal on every rank but for timings."""
+
+    def evaluation_start(self, trainer: View) -> Request | None:
+        """The held-out samples are about to be scored."""
+
+    def evaluation_end(self, trainer: View, record: dict[str, Any]) -> Request | None:
+        """Scores over all ranks."""
+
+    def checkpoint_saved(self, trainer: View, path: Path) -> Request | None:
+        """A checkpoint is committed."""
+
+    def stop_requested(self, trainer: View, reason: str) -> Request | None:
+        """The ranks have agreed to stop; a checkpoint follows."""
+
+    def fit_end(self, trainer: View) -> Request | None:
+        """After the last step, evaluation and checkpoint."""
+
+    def close(self) -> None:
+        """Always called, also after an error."""

@@ -1,0 +1,311 @@
+"""One rank's part of a job: what ``dltrain train`` starts on each rank, and what ``torchrun RECIPE.py`` runs itself.
+
+    if __name__ == "__main__":
+        main(Classify)
+
+The command line of a recipe file is ``[train|eval RUN] [--preset NAME] [--section.key value ...]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dltrain.checkpoint.checkpointer import Checkpointer, best_checkpoint
+from dltrain.config import Config, from_yaml, split_arguments
+from dltrain.data.loader import Loader
+from dltrain.data.order import Order
+from dltrain.data.reader import Dataset
+from dltrain.data.windows import open_dataset
+from dltrain.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from dltrain.evaluation import evaluate, write_report
+from dltrain.hooks.base import Hook
+from dltrain.hooks.progress import progress
+from dltrain.hooks.records import Records
+from dltrain.mesh import Mesh, build_mesh
+from dltrain.parallel.apply import parallelize
+from dltrain.recipes import Declarations, describe_module
+from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
+from dltrain.runtime.environment import Environment
+from dltrain.runtime.launch import report_failure
+from dltrain.runtime.logs import say, warn
+from dltrain.runtime.process_group import joined
+from dltrain.runtime.stop import stop_flag
+from dltrain.task import Task
+from dltrain.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe's task under a config, on this rank."""
+
+    task: type[Task]
+    recipe: str
+    preset: str
+    config: Config
+    environment: Environment
+
+
+def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
+    """Run a recipe file as a program. Exits 0, 2 after the user's mistake, 75 when stopped and resumable."""
+    environment = Environment.read()
+    sys.exit(_guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment))
+
+
+def train(job: Job) -> int:
+    """Train; returns the exit status. The last line on standard output is the result as one JSON object."""
+    with joined(job.config, job.environment) as device:
+        started = time.monotonic()
+        task = job.task(job.config)
+        mesh = build_mesh(job.config.parallel, job.environment, device)
+        data, held_out = _open_data(job.config, task)
+        loader = _train_loader(job.config, task, data, mesh, device.type == "cuda")
+        evaluation = _evaluation_loader(job.config, task, held_out, mesh) if held_out else None
+        run = _agree_on_run(job)
+        engine = parallelize(task, job.config, mesh, device)
+        hooks = _hooks(job, run)
+        checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
+        try:
+            with stop_flag() as stop:
+                trainer = Trainer(
+                    job.config,
+                    task,
+                    engine,
+                    loader,
+                    evaluation=evaluation,
+                    checkpointer=checkpointer,
+                    hooks=hooks,
+                    stop=stop,
+                    data_rank=mesh.data_rank,
+                )
+                _resume(job, trainer, checkpointer)
+                _record_start(job, run, data)
+                status = trainer.fit()
+            return _conclude(job, run, trainer, status, time.monotonic() - started, hooks)
+        except BaseException:
+            _record_end(job, run, "failed")
+            raise
+        finally:
+            for hook in hooks:
+                hook.close()
+
+
+def evaluate_run(job: Job, run: RunFolder) -> int:
+    """Score a run's best checkpoint (or its last) on the held-out samples and write its report."""
+    with joined(job.config, job.environment) as device:
+        task = job.task(job.config)
+        mesh = build_mesh(job.config.parallel, job.environment, device)
+        data, held_out = _open_data(job.config, task)
+        if held_out is None:
+            raise UserError("data.evaluation is empty: name the held-out shards with --data.evaluation URL")
+        engine = parallelize(task, job.config, mesh, device)
+        checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
+        path = best_checkpoint(run.checkpoints) or checkpointer.latest()
+        if path is None:
+            raise UserError(f"the run {run.path} has no checkpoint to evaluate")
+        state = checkpointer.load(path, engine)
+        metric = evaluate(engine, task, _evaluation_loader(job.config, task, held_out, mesh))
+        facts = _report_facts(run, state["step"], path, job.config)
+        target = write_report(metric, run.report, facts, job.environment)
+        if job.environment.is_main:
+            _show({"report": str(target.with_suffix(".html")), "checkpoint": str(path), **metric.compute()})
+    return 0
+
+
+def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -> int:
+    words, overrides = split_arguments(arguments)
+    parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules[task.__module__]))
+    parser.add_argument("command", nargs="?", choices=("train", "eval"), default="train")
+    parser.add_argument("run", nargs="?", help="the run to evaluate")
+    parser.add_argument("--preset", default="")
+    known = parser.parse_args(words)
+    recipe = _declared(task)
+    if known.command == "train":
+        config = recipe.configure(known.preset, overrides)
+        return train(Job(task, recipe.name, known.preset, config, environment))
+    if known.run is None:
+        raise UserError("eval needs a run: eval RUN")
+    run = find_run(known.run)
+    record = run.read()
+    config = from_yaml(recipe.config, record["config"], str(run.record))
+    config = Declarations(recipe.name, recipe.path, recipe.config, {"": lambda: config}, "").configure("", overrides)
+    return evaluate_run(Job(task, recipe.name, record["preset"], config, environment), run)
+
+
+def _declared(task: type[Task]) -> Declarations:
+    module = sys.modules[task.__module__]
+    path = Path(inspect.getfile(task))
+    name = os.environ.get("DLTRAIN_RECIPE", str(path))
+    return describe_module(module, name, path, module.__doc__ or "")
+
+
+def _open_data(config: Config, task: Task) -> tuple[Dataset, Dataset | None]:
+    if not config.data.train:
+        raise UserError("data.train is empty: name the training shards with --data.train URL, or take a --preset")
+    data = open_dataset(config.data.train, config.data.memory, task.window())
+    task.facts = data.facts
+    held_out = config.data.evaluation
+    return data, open_dataset(held_out, config.data.memory, task.window()) if held_out else None
+
+
+def _train_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh, pin_memory: bool) -> Loader:
+    data = config.data
+    return Loader(
+        dataset,
+        Order(dataset.shard_sizes, config.run.seed, data.lanes, data.window),
+        task.sample,
+        global_batch_size=data.global_batch_size,
+        rank=mesh.data_rank,
+        ranks=mesh.data_ranks,
+        tail=data.tail,
+        augment=True,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        start_method=data.start_method,
+        pin_memory=pin_memory,
+    )
+
+
+def _evaluation_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh) -> Loader:
+    return Loader(
+        dataset,
+        Order(dataset.shard_sizes, config.run.seed, config.data.lanes, config.data.window, shuffle=False),
+        task.sample,
+        global_batch_size=max(config.evaluation.batch_size or config.data.global_batch_size, mesh.data_ranks),
+        rank=mesh.data_rank,
+        ranks=mesh.data_ranks,
+        tail="pad",
+        epochs=1,
+    )
+
+
+def _agree_on_run(job: Job) -> RunFolder:
+    """Rank 0 chooses and makes the folder; all use it, and all refuse if it cannot."""
+    chosen: list[Any] = [None]
+    if job.environment.is_main:
+        try:
+            run = choose_run(job.config, job.recipe, job.preset)
+            run.path.mkdir(parents=True, exist_ok=True)
+            chosen = [run]
+        except UserError as error:
+            chosen = [error]
+        except OSError as error:
+            chosen = [UserError(f"cannot make the run's folder: {error.strerror} ({error.filename})")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen, src=0)
+    if isinstance(chosen[0], UserError):
+        raise chosen[0]
+    return chosen[0]
+
+
+def _hooks(job: Job, run: RunFolder) -> list[Hook]:
+    if not job.environment.is_main:
+        return []
+    hooks: list[Hook] = [Records(run.metrics), *progress(job.config.logging.progress)]
+    if job.config.logging.tensorboard:
+        from dltrain.hooks.tensorboard import TensorBoard  # slow to import, and may be switched off
+
+        hooks.append(TensorBoard(run.tensorboard))
+    return hooks
+
+
+def _resume(job: Job, trainer: Trainer, checkpointer: Checkpointer) -> None:
+    if job.config.run.resume == "never":
+        return
+    path = checkpointer.latest()
+    if path is None:
+        return
+    state = json.loads((path / "state.json").read_text())
+    trainer.load_state_dict(state)  # before the tensors: a changed data set is told at once
+    checkpointer.load(path, trainer.engine)
+    for name, before, now in _changes(state["config"], job.config.model_dump(mode="json")):
+        if not name.startswith("run."):
+            warn(job.environment, f"{name} was {before} and is {now} since the resume")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    changes = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            changes += _changes(old, value, f"{prefix}{name}.")
+        elif old != value:
+            changes.append((prefix + name, old, value))
+    return changes
+
+
+def _record_start(job: Job, run: RunFolder, dataset: Dataset) -> None:
+    if not job.environment.is_main:
+        return
+    record = first_record(job.config, job.recipe, job.preset, job.environment.world_size, dataset.fingerprint)
+    if run.record.is_file():
+        record["created"] = run.read()["created"]
+    run.update(**record)
+    say(job.environment, f"run {run.path} on {job.environment.world_size} rank(s)")
+
+
+def _record_end(job: Job, run: RunFolder, status: str, **facts: Any) -> None:
+    if job.environment.is_main and run.record.is_file():
+        run.update(status=status, **facts)
+
+
+def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: float, hooks: list[Hook]) -> int:
+    """Report, record, and the last line."""
+    if status == "stopped":
+        _record_end(job, run, status, step=trainer.step)
+        say(job.environment, f"stopped and saved at step {trainer.step}; go on with: --run.resume {run.path}")
+        return EXIT_STOPPED
+    if trainer.last_metric is not None and job.config.evaluation.report:
+        path = trainer.checkpointer.folder / f"step-{trainer.step:08d}" if trainer.checkpointer else None
+        facts = _report_facts(run, trainer.step, path, job.config)
+        write_report(trainer.last_metric, run.report, facts, job.environment)
+        _show_pictures(run, trainer.step, hooks)
+    rate = trainer.trained_samples / max(trainer.trained_seconds, 1e-9)
+    facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
+    _record_end(job, run, status, scores=trainer.scores, **facts)
+    if job.environment.is_main:
+        _show({**trainer.scores, **facts, "run": str(run.path)})
+    return 0
+
+
+def _show_pictures(run: RunFolder, step: int, hooks: list[Hook]) -> None:
+    from dltrain.hooks.tensorboard import TensorBoard
+
+    pictures = [(path.stem.replace("_", " "), path) for path in sorted(run.report.glob("*.png"))]
+    for hook in hooks:
+        if isinstance(hook, TensorBoard):
+            hook.pictures(step, pictures)
+
+
+def _report_facts(run: RunFolder, step: int, checkpoint: Path | None, config: Config) -> dict[str, Any]:
+    return {"run": run.name, "step": step, "checkpoint": str(checkpoint or ""), "data": config.data.evaluation}
+
+
+def _show(result: dict[str, Any]) -> None:
+    print(json.dumps(result), flush=True)
+
+
+def _guarded(body: Any, environment: Environment) -> int:
+    """Run ``body``; the user's mistake becomes one sentence, anything else keeps its traceback."""
+    try:
+        return int(body())
+    except UserError as error:
+        message, status = f"dltrain: error: {error}", EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        message, status = "dltrain: interrupted; the last saved checkpoint is whole", 130
+    except Exception:  # noqa: BLE001 - shown whole, by the launcher or here
+        message, status = f"dltrain: rank {environment.rank} failed:\n{traceback.format_exc()}", 1
+    if not report_failure(environment.rank, message, status):
+        print(message, file=sys.stderr, flush=True)
+    return status

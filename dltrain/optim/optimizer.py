@@ -1,0 +1,58 @@
+"""AdamW and SGD in their fused forms, with groups by whether a parameter decays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from dltrain.config import Optim
+from dltrain.errors import UserError
+
+
+def build_optimizer(model: nn.Module, config: Optim) -> Optimizer:
+    """An optimizer over the trained parameters of ``model``.
+
+    Parameters of fewer than two dimensions (biases, scales of norms) and those that match ``config.no_decay`` are left
+    without decay. The fused form is what lets a step with a non-finite gradient be skipped on the device.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise UserError("the model has no parameter to train: all are frozen")
+    _check_patterns(config.no_decay, [name for name, _ in named])
+    groups = [
+        {"params": [p for n, p in named if _decays(n, p, config)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not _decays(n, p, config)], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "adamw":
+        return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    return SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Give every group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def skip_if_nonfinite(optimizer: Optimizer, nonfinite: torch.Tensor) -> None:
+    """Make the next step leave everything as it is where ``nonfinite`` (float scalar on the device) is 1.
+
+    Fused optimizers read this attribute, which torch's gradient scaler sets too; the host never looks.
+    """
+    optimizer.__dict__["found_inf"] = nonfinite
+
+
+def _decays(name: str, parameter: Any, config: Optim) -> bool:
+    return parameter.dim() >= 2 and not any(fnmatch(name, pattern) for pattern in config.no_decay)
+
+
+def _check_patterns(patterns: Iterable[str], names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise UserError(f"optim.no_decay has {pattern!r}, which matches no parameter, such as {names[0]!r}")

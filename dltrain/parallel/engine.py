@@ -1,0 +1,168 @@
+"""A parallelised model behind one small protocol.
+
+The engine owns what differs between layouts: forward and backward over micro-batches, clipping, the optimizer step,
+and the state of model and optimizer. It never looks at a value on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from dltrain.config import Config
+from dltrain.data.batch import Batch
+from dltrain.optim.optimizer import set_learning_rate, skip_if_nonfinite
+from dltrain.parallel.data import BufferSync
+from dltrain.parallel.gradients import clip, global_norm, gradients_of
+from dltrain.task import Loss, Task
+
+
+class Engine(Protocol):
+    """What the loop asks of a layout."""
+
+    device: torch.device
+
+    def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
+        """Gradients of ``sum of weighted losses / count`` over all data ranks; ``count`` is the global count, a float
+        scalar on the device. Returns this rank's loss sum, detached, and its count."""
+        ...
+
+    def step(self, learning_rate: float, max_norm: float) -> Tensor:
+        """Clip (unless ``max_norm`` is 0), update and clear gradients. Returns the global norm before clipping, float32
+        scalar; an update whose norm is not finite changes nothing."""
+        ...
+
+    def evaluate(self, batch: Batch) -> tuple[Any, Tensor]:
+        """The task's predictions and its losses per sample [n], in evaluation mode and without gradients."""
+        ...
+
+    def settle(self, batch: Batch) -> None:
+        """Whatever the first steps would do differently from all later ones, done now without a trace."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by the names they have in the model alone."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"model": ..., "optimizer": ...}``, tensors by parameter name, sharded as they are."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned, under any layout."""
+        ...
+
+
+class PlainEngine:
+    """One process, DDP, FSDP2 or HSDP: every rank runs the whole forward and backward."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        wrapped: nn.Module,
+        optimizer: Optimizer,
+        config: Config,
+        device: torch.device,
+        data_ranks: int,
+    ) -> None:
+        self.device = device
+        self.model = model
+        self.optimizer = optimizer
+        self._task, self._wrapped = task, wrapped
+        self._data_ranks = data_ranks
+        self._micro_batch = config.parallel.micro_batch
+        self._channels_last = config.precision.channels_last
+        self._bf16 = config.precision.compute == "bf16"
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sync_buffers = BufferSync(model)
+
+    def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
+        self._wrapped.train()
+        pieces = list(batch.split(self._micro_batch))
+        total = torch.zeros((), device=self.device)
+        for place, piece in enumerate(pieces):
+            piece = piece.to(self.device, self._channels_last)
+            with self._synchronised(place == len(pieces) - 1):
+                losses = self._losses(piece)[1] * piece.weight
+                total += losses.detach().sum()
+                # DDP and FSDP2 average over data ranks; the sum is wanted, for `count` is the global one
+                (losses.sum() * (self._data_ranks / count)).backward()
+        return Loss(total, count)
+
+    def step(self, learning_rate: float, max_norm: float) -> Tensor:
+        gradients = gradients_of(self._parameters)
+        norm = global_norm(gradients)
+        if max_norm:
+            clip(gradients, norm, max_norm)
+        set_learning_rate(self.optimizer, learning_rate)
+        skip_if_nonfinite(self.optimizer, 1.0 - norm.isfinite().float())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._sync_buffers()
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Any, Tensor]:
+        self._wrapped.eval()
+        batch = batch.to(self.device, self._channels_last)
+        outputs, losses = self._losses(batch, self.model)
+        return self._task.predictions(outputs, batch), losses
+
+    def settle(self, batch: Batch) -> None:
+        """DDP orders its buckets anew after the first backward pass, and with three or more ranks another order gives
+        another last bit. Two passes before the first step, whether of a fresh or a resumed run, make all steps alike."""
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            return
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        for _ in range(2):
+            self.forward_backward(batch, torch.ones((), device=self.device))
+            self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+    def _losses(self, batch: Batch, model: nn.Module | None = None) -> tuple[Any, Tensor]:
+        model = self._wrapped if model is None else model
+        if not self._bf16:
+            outputs = model(*self._task.inputs(batch))
+            return outputs, self._task.loss(outputs, batch)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=not isinstance(model, FSDPModule)):
+            outputs = model(*self._task.inputs(batch))
+        outputs = tree_map(_to_float, outputs)
+        return outputs, self._task.loss(outputs, batch)
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are reduced in the last micro-batch alone."""
+        if isinstance(self._wrapped, DistributedDataParallel):
+            return nullcontext() if last else cast(AbstractContextManager[None], self._wrapped.no_sync())
+        if isinstance(self._wrapped, FSDPModule):
+            self._wrapped.set_requires_gradient_sync(last)
+        return nullcontext()
+
+
+def _to_float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,167 @@
+"""A run on disk: its folder, ``run.json``, and which runs there are. Imports no torch.
+
+    runs/<name>/run.json  metrics.jsonl  tensorboard/  checkpoints/  report/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dltrain import storage
+from dltrain.config import Config, to_yaml
+from dltrain.errors import UserError, nearest
+
+RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def record(self) -> Path:
+        return self.path / RECORD
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def read(self) -> dict[str, Any]:
+        """``run.json``. Raises :class:`UserError` when this is no run."""
+        if not self.record.is_file():
+            raise UserError(f"{self.path} is not a run: it has no {RECORD}")
+        return dict(json.loads(self.record.read_text()))
+
+    def update(self, **changes: Any) -> None:
+        """Replace fields of ``run.json`` at once."""
+        record = self.read() if self.record.is_file() else {}
+        storage.write(str(self.record), (json.dumps({**record, **changes}, indent=1) + "\n").encode())
+
+
+def choose_run(config: Config, recipe: str, preset: str) -> RunFolder:
+    """The folder this run is to use: a fresh one, or with ``run.resume`` the one to go on with.
+
+    Raises :class:`UserError` when a fresh run would overwrite one, or there is nothing to resume.
+    """
+    run = config.run
+    if "://" in run.folder:
+        raise UserError(f"run.folder is {run.folder!r}: runs are written to a local folder")
+    folder = Path(run.folder).expanduser()
+    if run.resume not in ("never", "auto"):
+        return _named(run.resume, folder)
+    if run.name:
+        chosen = RunFolder(folder / run.name)
+        if run.resume == "never" and chosen.path.exists():
+            raise UserError(f"the run {chosen.path} exists; choose another run.name, or go on with: --run.resume auto")
+        return chosen
+    if run.resume == "auto":
+        for candidate in reversed(all_runs(folder)):
+            record = candidate.read()
+            if (record["recipe"], record["preset"]) == (recipe, preset) and record["status"] != "finished":
+                return candidate
+    return _fresh(folder, recipe, preset)
+
+
+def all_runs(folder: Path) -> list[RunFolder]:
+    """Every run below ``folder``, oldest first."""
+    found = [RunFolder(path.parent) for path in folder.glob(f"*/{RECORD}")]
+    return sorted(found, key=lambda run: (run.read().get("created", 0), run.name))
+
+
+def find_run(name: str, folder: str = "runs") -> RunFolder:
+    """A run by its path or by its name in ``folder``. Raises :class:`UserError`."""
+    return _named(name, Path(folder).expanduser())
+
+
+def first_record(config: Config, recipe: str, preset: str, world_size: int, fingerprint: str) -> dict[str, Any]:
+    """What ``run.json`` says when a run starts: config, versions, source, hardware, data."""
+    return {
+        "recipe": recipe,
+        "preset": preset,
+        "status": "running",
+        "created": round(time.time(), 3),
+        "config": to_yaml(config),
+        "dataset_fingerprint": fingerprint,
+        "world_size": world_size,
+        "versions": {name: _version(name) for name in ("dltrain", "torch", "torchvision", "numpy")},
+        "python": platform.python_version(),
+        "hardware": {"machine": platform.machine(), "processor": _processor(), "cores": os.cpu_count()},
+        "git": _git_commit(),
+    }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole record; a last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _named(name: str, folder: Path) -> RunFolder:
+    for candidate in (RunFolder(Path(name)), RunFolder(folder / name)):
+        if candidate.record.is_file():
+            return candidate
+    names = [run.name for run in all_runs(folder)]
+    raise UserError(f"there is no run {name!r} here or in {folder}; {nearest(name, names)}")
+
+
+def _fresh(folder: Path, recipe: str, preset: str) -> RunFolder:
+    stem = "-".join(part for part in (Path(recipe).stem, preset, time.strftime("%Y%m%d-%H%M%S")) if part)
+    path, count = folder / stem, 1
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}-{count}"
+    return RunFolder(path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,63 @@
+"""Joining the ranks: device, threads, backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dltrain.config import Config
+from dltrain.errors import UserError
+from dltrain.runtime.environment import Environment, cores
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this rank. Raises :class:`UserError` when CUDA is asked for and absent."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("run.device is 'cuda' and torch finds no CUDA device; take 'cpu', or install a CUDA build")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}; start fewer ranks"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def backend_for(device: torch.device) -> str:
+    """gloo for CPU tensors and, where there is a GPU, NCCL for its own."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+@contextmanager
+def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
+    """Set device, threads and numerics, and hold the process group while the body runs."""
+    device = choose_device(config.run.device, environment.local_rank)
+    torch.set_num_threads(config.run.threads or max(1, cores() // environment.local_world_size))
+    set_numerics(config)
+    if environment.world_size > 1:
+        dist.init_process_group(
+            backend_for(device),
+            timeout=timedelta(seconds=config.parallel.timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def set_numerics(config: Config) -> None:
+    """Deterministic algorithms and the precision of fp32 matrix products."""
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    torch.set_float32_matmul_precision(config.precision.matmul)

@@ -1,0 +1,294 @@
+"""The training loop: the only one, read from top to bottom.
+
+``fit`` says what a run is and ``train_step`` what a step is. Nothing in a step waits for the device: one small reduction
+carries the global count, the last step's loss and the ranks' requests, and its values are read ``LAG`` steps later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dltrain.checkpoint.checkpointer import Checkpointer
+from dltrain.config import Config
+from dltrain.data.batch import Batch
+from dltrain.data.loader import Loader
+from dltrain.data.order import step_key
+from dltrain.errors import UserError
+from dltrain.evaluation import evaluate
+from dltrain.hooks.base import EVENTS, Hook, Request
+from dltrain.hooks.meter import Meter
+from dltrain.metrics.base import Metric
+from dltrain.optim.schedule import build_schedule
+from dltrain.parallel.engine import Engine
+from dltrain.readings import Reading, Readings
+from dltrain.runtime.seeds import seed_all
+from dltrain.runtime.stop import StopFlag
+from dltrain.task import Task
+
+LAG = 2
+"""Steps between a value's making and its reading, the same on every rank."""
+
+
+class Trainer:
+    """Trains ``task`` by ``engine`` on the batches of ``loader``.
+
+    After :meth:`fit`, ``status`` is ``finished`` or ``stopped`` and ``scores`` are those of the last evaluation.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        engine: Engine,
+        loader: Loader,
+        *,
+        evaluation: Loader | None = None,
+        checkpointer: Checkpointer | None = None,
+        hooks: Iterable[Hook] = (),
+        stop: StopFlag | None = None,
+        data_rank: int = 0,
+    ) -> None:
+        self.config, self.task, self.engine, self.loader = config, task, engine, loader
+        self.evaluation, self.checkpointer = evaluation, checkpointer
+        self.hooks = list(hooks)
+        self._listeners = {event: [h for h in self.hooks if _overrides(h, event)] for event in EVENTS}
+        self._stop = stop or StopFlag()
+        self._data_rank = data_rank
+        self.step, self.scores, self.status = 0, {}, "new"
+        self.best: float | None = None
+        self._start_step, self._elapsed, self._since = 0, 0.0, time.monotonic()
+        self.trained_samples, self.trained_seconds = 0, 0.0
+        self._requests = Request(0)
+        self._readings = Readings(engine.device, len(Request))
+        self._meter = Meter()
+        self._resolve_length()
+
+    step: int
+    """Optimizer steps done."""
+    scores: dict[str, float]
+    status: str
+
+    @property
+    def position(self) -> int:
+        """Samples consumed over all epochs: the cursor."""
+        return self.loader.position
+
+    @property
+    def epoch(self) -> float:
+        return self.position / self.loader.samples
+
+    def fit(self) -> str:
+        """Train to the end of the run, or until asked to stop. Returns ``finished`` or ``stopped``."""
+        self.status = "running"
+        batches = self._begin()
+        while not self._finished():
+            before = (self.step, self.position)
+            started = time.perf_counter()
+            batch = next(batches)
+            self._meter.add(time.perf_counter() - started, self.position - before[1])
+            self.train_step(batch)
+            self.trained_seconds += time.perf_counter() - started
+            self.trained_samples += self.position - before[1]
+            asked = self._read(self.step - LAG)
+            if Request.STOP in asked:
+                return self._interrupt()
+            if Request.FINISH in asked:
+                break
+            self._periodic(before, asked)
+        return self._finish()
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step on this rank's share of the global batch.
+
+        gradient = d/dw  sum over ranks and samples of (weight x loss)  /  sum over ranks and samples of (weight x count)
+        """
+        seed_all(step_key(self.config.run.seed, self.step, self._data_rank))
+        self._tell("step_start", batch)
+        self._request_from_here()
+        count = (self.task.count(batch) * batch.weight).sum()
+        reduced = self._readings.reduce(count, self._requests)
+        self._requests = Request(0)
+        loss = self.engine.forward_backward(batch, reduced[0].float())
+        self._tell("gradients_ready")
+        learning_rate = self._schedule.at(self.step)
+        norm = self.engine.step(learning_rate, self.config.optim.max_norm)
+        self.step += 1
+        self._readings.push(self.step, self.position, learning_rate, reduced, loss.sum, norm)
+        self._tell("step_end")
+
+    def evaluate(self) -> Metric | None:
+        """Score the held-out samples and note the best; ``None`` without any."""
+        if self.evaluation is None:
+            return None
+        self._tell("evaluation_start")
+        metric = evaluate(self.engine, self.task, self.evaluation)
+        self.scores = metric.compute()
+        record = {"step": self.step, "epoch": self.epoch, **{f"evaluation/{k}": v for k, v in self.scores.items()}}
+        self._tell("evaluation_end", record)
+        self._note_best()
+        self._meter.restart()
+        return metric
+
+    def save(self) -> None:
+        """Save a checkpoint of this step."""
+        if self.checkpointer is None:
+            return
+        path = self.checkpointer.save(self.step, self.engine, self.state_dict())
+        self._tell("checkpoint_saved", path)
+        self._meter.restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but tensors, as JSON, equal on every rank. Random state is a function of seed, step and rank."""
+        return {
+            "step": self.step,
+            "cursor": self.loader.state_dict(),
+            "random": {"seed": self.config.run.seed, "step": self.step},
+            "schedule": {"total_steps": self.total_steps, "learning_rate": self._schedule.at(self.step)},
+            "best": self.best,
+            "elapsed_seconds": self._elapsed + time.monotonic() - self._since,
+            "hooks": {type(h).__name__: h.state_dict() for h in self.hooks if hasattr(h, "state_dict")},
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state. Raises :class:`UserError` when data or their order differ from the saved ones."""
+        self.loader.load_state_dict(state["cursor"])
+        self.step = self._start_step = int(state["step"])
+        self.best, self._elapsed = state["best"], float(state["elapsed_seconds"])
+        for hook in self.hooks:
+            if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:
+                hook.load_state_dict(state["hooks"][type(hook).__name__])
+        self._resolve_length()
+
+    def _resolve_length(self) -> None:
+        """Steps of the whole run: those done, and those the rest of its length takes."""
+        length, config = self.config.run.length, self.config
+        samples, batch = self.loader.samples, self.loader.global_batch_size
+        if length.unit == "ep":
+            end = int(length.value * samples)
+            left = -(-(end - self.position) // batch) if self.loader.tail == "carry" else self._epoch_steps(end)
+            self.total_steps = self.step + max(0, left)
+        else:
+            self.total_steps = 0 if length.unit == "h" else length.steps(samples, batch)
+        self._schedule = build_schedule(config.schedule, config.optim.learning_rate, self.total_steps, samples, batch)
+
+    def _epoch_steps(self, end: int) -> int:
+        whole, rest = divmod(end - self.position, self.loader.samples)
+        return whole * self.loader.steps + -(-rest // self.loader.global_batch_size)
+
+    def _begin(self) -> Iterator[Batch]:
+        """Hooks start, and the engine does what only first steps do on the batch that comes next, without a trace."""
+        self._tell("fit_start")
+        batches = iter(self.loader)
+        if not self._finished() and dist.is_initialized():
+            seed_all(step_key(self.config.run.seed, self.step, self._data_rank))
+            self.engine.settle(self.loader.peek())
+        self._since = time.monotonic()
+        self._meter.restart()
+        return batches
+
+    def _finished(self) -> bool:
+        return 0 < self.total_steps <= self.step
+
+    def _request_from_here(self) -> None:
+        """This rank's wishes: a signal's, and on rank 0 the clock's."""
+        if self._stop:
+            self._requests |= Request.STOP
+        length = self.config.run.length
+        if length.unit == "h" and self._elapsed + time.monotonic() - self._since > float(length.value) * 3600:
+            self._requests |= Request.FINISH
+
+    def _read(self, up_to: int) -> Request:
+        """Read the values of steps up to ``up_to``, log what is due, and return what the ranks have asked for."""
+        asked = Request(0)
+        for reading in self._readings.pop(up_to):
+            asked |= reading.requests
+            self._log(reading)
+        return asked
+
+    def _log(self, reading: Reading) -> None:
+        self._refuse_nonfinite(reading)
+        position, samples = reading.position, self.loader.samples
+        before = (reading.step - 1, position - self.loader.global_batch_size)
+        if not self.config.logging.every.due(before, (reading.step, position), samples) and reading.step != 1:
+            return
+        record = {
+            "step": reading.step,
+            "epoch": position / samples,
+            "loss": reading.loss,
+            "learning_rate": reading.learning_rate,
+            "grad_norm": reading.norm,
+            **self._meter.read(),
+        }
+        self._tell("logged", record)
+
+    def _refuse_nonfinite(self, reading: Reading) -> None:
+        if reading.finite or self.config.run.nonfinite == "skip":
+            return
+        raise UserError(
+            f"the gradient of step {reading.step} is not finite (loss {reading.loss:.4g}, norm {reading.norm:.4g}); its "
+            "update was skipped and the run stopped. Lower optim.learning_rate, set optim.max_norm, look at the data, "
+            "or let such steps pass with run.nonfinite skip"
+        )
+
+    def _periodic(self, before: tuple[int, int], asked: Request) -> None:
+        """Evaluate and save when due, the evaluation first: it decides which checkpoint is best."""
+        after, samples = (self.step, self.position), self.loader.samples
+        if self._finished():
+            return
+        if Request.EVALUATE in asked or self.config.evaluation.every.due(before, after, samples):
+            self.evaluate()
+        if Request.SAVE in asked or self.config.checkpoint.every.due(before, after, samples):
+            self.save()
+
+    def _note_best(self) -> None:
+        """Save and mark the checkpoint whose score is better than all before."""
+        metric, better = self.config.evaluation.metric, max if self.config.evaluation.mode == "max" else min
+        if metric not in self.scores:
+            raise UserError(f"evaluation.metric is {metric!r}, which is not scored; there are: {', '.join(self.scores)}")
+        value = self.scores[metric]
+        if self.best is not None and better(self.best, value) == self.best:
+            return
+        self.best = value
+        if self.checkpointer is not None:
+            self.save()
+            self.checkpointer.mark_best(self.step, metric, value)
+
+    def _drain(self) -> None:
+        """Read what is left; the last step's loss takes a reduction of its own."""
+        if self.step > self._start_step:
+            self._readings.close()
+            self._read(self.step)
+
+    def _interrupt(self) -> str:
+        self._drain()
+        self._tell("stop_requested", self._stop.reason or "another rank or a hook")
+        self.save()
+        self.status = "stopped"
+        return self.status
+
+    def _finish(self) -> str:
+        self._drain()
+        self.last_metric = self.evaluate()
+        self.save()
+        self.status = "finished"
+        self._tell("fit_end")
+        return self.status
+
+    last_metric: Metric | None = None
+
+    def _tell(self, event: str, *details: Any) -> None:
+        for hook in self._listeners[event]:
+            request = getattr(hook, event)(self, *details)
+            if request is not None:
+                self._requests |= request
+
+
+def _overrides(hook: Hook, event: str) -> bool:
+    return getattr(type(hook), event) is not getattr(Hook, event)

@@ -1,0 +1,100 @@
+"""Image classification: one image, one class.
+
+    dltrain train image/classify --preset digits --nproc 2
+    torchrun --nproc-per-node 2 recipes/image/classify.py --preset digits
+
+Shards hold an image (`png`, `jpg`) and its class (`cls`) per sample; the manifest's fact `classes` names the classes.
+Copy this file (`dltrain recipe cp image/classify mine.py`) and change what you like: it is yours then.
+"""
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dltrain import Batch, Config, Plan, Sample, Section, Task, main, preset
+from dltrain.config import Data, Evaluation, Length, Logging, Optim, Run, Schedule
+from dltrain.data.decode import decode_field, decode_label
+from dltrain.metrics.classification import Classification
+from dltrain.models.vision import small_cnn
+
+
+class ClassifyModel(Section):
+    """A small convolutional network and what its images look like."""
+
+    image: str = "png"
+    """Field of the image in the shards."""
+    size: int = Field(default=8, ge=4)
+    """Height and width of the images, in pixels."""
+    channels: int = Field(default=1, ge=1)
+    """1 for grey images, 3 for colour."""
+    classes: int = Field(default=10, ge=2)
+    """Number of classes; labels run from 0."""
+    width: int = Field(default=32, gt=0)
+    """Channels of the first block."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Dropout before the last layer."""
+    shift: int = Field(default=1, ge=0)
+    """Augmentation: shift each training image by up to so many pixels."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target spread over all classes (Szegedy et al. 2016)."""
+
+
+class ClassifyConfig(Config):
+    model: ClassifyModel = ClassifyModel()
+
+
+@preset
+def digits() -> ClassifyConfig:
+    """1,797 scans of handwritten digits, 8x8; about 0.99 on the 360 held out, in half a minute on two cores."""
+    return ClassifyConfig(
+        run=Run(length=Length.parse("20ep")),
+        data=Data(train="bundled://digits/train", evaluation="bundled://digits/heldout", global_batch_size=64),
+        optim=Optim(learning_rate=4e-3, weight_decay=0.02, max_norm=1.0),
+        schedule=Schedule(warmup=Length.parse("1ep")),
+        evaluation=Evaluation(every=Length.parse("4ep"), metric="accuracy", mode="max"),
+        logging=Logging(every=Length.parse("10st")),
+    )
+
+
+class Classify(Task):
+    """Cross-entropy over class logits."""
+
+    config: ClassifyConfig
+
+    def sample(self, sample: Sample, random: np.random.Generator | None) -> dict[str, np.ndarray]:
+        model = self.config.model
+        image = decode_field(sample, model.image)
+        if random is not None and model.shift:
+            image = shifted(image, *random.integers(-model.shift, model.shift + 1, size=2))
+        return {"image": image, "cls": decode_label(sample, model.classes)}
+
+    def model(self) -> nn.Module:
+        model = self.config.model
+        return small_cnn.SmallCNN(model.channels, model.size, model.classes, model.width, model.dropout)
+
+    def plan(self) -> Plan:
+        return small_cnn.PLAN
+
+    def inputs(self, batch: Batch) -> tuple[Tensor]:
+        images = batch.fields["image"].float() / 255 - 0.5
+        return (images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2),)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        smoothing = self.config.model.label_smoothing
+        return F.cross_entropy(outputs, batch.fields["cls"], reduction="none", label_smoothing=smoothing)
+
+    def metrics(self) -> Classification:
+        names = self.facts.get("classes", range(self.config.model.classes))
+        return Classification([str(name) for name in names], image="image")
+
+
+def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """The image moved by so many pixels, its edge repeated."""
+    rows = np.clip(np.arange(image.shape[0]) - down, 0, image.shape[0] - 1)
+    columns = np.clip(np.arange(image.shape[1]) - right, 0, image.shape[1] - 1)
+    return image[rows[:, None], columns]
+
+
+if __name__ == "__main__":
+    main(Classify)

@@ -1,0 +1,97 @@
+"""Forecasting: the next `horizon` steps of a series from its last `lookback` steps.
+
+    dltrain train timeseries/forecast --preset co2
+    torchrun --nproc-per-node 2 recipes/timeseries/forecast.py --preset co2
+
+A sample is a window inside a long series (a `.npy` member of a shard); the manifest's fact `series` gives each series'
+mean, deviation and seasonal error (the in-sample error of the seasonal naive forecast, by which MASE is scaled).
+"""
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor, nn
+
+from dltrain import Batch, Config, Plan, Sample, Section, Task, main, preset
+from dltrain.config import Data, Evaluation, Length, Logging, Optim, Run, Schedule
+from dltrain.data.windows import Window
+from dltrain.metrics.forecasting import Forecasting
+from dltrain.models.timeseries import dlinear
+
+
+class ForecastModel(Section):
+    """DLinear, and the windows it sees."""
+
+    lookback: int = Field(default=260, gt=0)
+    """Steps of past."""
+    horizon: int = Field(default=52, gt=0)
+    """Steps to forecast."""
+    season: int = Field(default=52, gt=0)
+    """Steps of a season, for the seasonal naive forecast and MASE."""
+    kernel: int = Field(default=25, gt=0)
+    """Steps of the moving average that splits off the trend."""
+
+
+class ForecastConfig(Config):
+    model: ForecastModel = ForecastModel()
+
+
+@preset
+def co2() -> ForecastConfig:
+    """Weekly CO2 at Mauna Loa, a year ahead; the last four years held out."""
+    return ForecastConfig(
+        run=Run(length=Length.parse("30ep")),
+        data=Data(train="bundled://co2/train", evaluation="bundled://co2/heldout", global_batch_size=64),
+        optim=Optim(learning_rate=1e-3, weight_decay=0.0),
+        schedule=Schedule(warmup=Length.parse("1ep")),
+        evaluation=Evaluation(every=Length.parse("10ep"), metric="mase", mode="min"),
+        logging=Logging(every=Length.parse("20st")),
+    )
+
+
+class Forecast(Task):
+    """Squared error in units of each series' deviation."""
+
+    config: ForecastConfig
+
+    def window(self) -> Window:
+        return Window(self.config.model.lookback, self.config.model.horizon)
+
+    def sample(self, sample: Sample, random: np.random.Generator | None) -> dict[str, np.ndarray]:
+        scale = self.facts["series"][sample.key.partition("@")[0]]
+        return {
+            "values": sample.fields["values"].astype(np.float32),
+            "mean": np.float32(scale["mean"]),
+            "deviation": np.float32(scale["deviation"]),
+            "seasonal_error": np.float32(scale["seasonal_error"]),
+        }
+
+    def model(self) -> nn.Module:
+        model = self.config.model
+        return dlinear.DLinear(model.lookback, model.horizon, model.kernel)
+
+    def plan(self) -> Plan:
+        return dlinear.PLAN
+
+    def inputs(self, batch: Batch) -> tuple[Tensor]:
+        return (self.scaled(batch)[:, : self.config.model.lookback],)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        future = self.scaled(batch)[:, self.config.model.lookback :]
+        return (outputs - future).square().mean((1, 2))
+
+    def predictions(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Forecasts in the units of the series."""
+        mean, deviation = batch.fields["mean"], batch.fields["deviation"]
+        return outputs * deviation[:, None, None] + mean[:, None, None]
+
+    def scaled(self, batch: Batch) -> Tensor:
+        mean, deviation = batch.fields["mean"], batch.fields["deviation"]
+        return (batch.fields["values"] - mean[:, None, None]) / deviation[:, None, None]
+
+    def metrics(self) -> Forecasting:
+        model = self.config.model
+        return Forecasting(model.lookback, model.horizon, model.season)
+
+
+if __name__ == "__main__":
+    main(Forecast)
