@@ -33,7 +33,7 @@ def evaluate(engine: Engine, task: Task, loader: Loader) -> Metric:
     reduce_sums(metric)
     counted = metric.compute().get("samples", loader.samples)
     if round(counted) != loader.samples:
-        raise UserError(f"the evaluation counted {counted:.0f} samples of {loader.samples}: a metric drops or repeats some")
+        raise UserError(f"the evaluation counted {counted:.0f} samples of {loader.samples}: its metric is at fault")
     return metric
 
 
@@ -74,7 +74,9 @@ def _page(
     parts.append(_table({name: f"{value:.6g}" for name, value in scores.items()}))
     for title, path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
+        parts.append(
+            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+        )
     if details.get("classes"):
         parts.append("<h2>Classes</h2>" + _classes(details["classes"]))
     if details.get("mistakes"):

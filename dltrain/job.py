@@ -3,7 +3,7 @@
     if __name__ == "__main__":
         main(Classify)
 
-The command line of a recipe file is ``[train|eval RUN] [--preset NAME] [--section.key value ...]``.
+The command line of a recipe file is ``[train | eval RUN] [--preset NAME | --config FILE] [--section.key value ...]``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer, best_checkpoint
-from dltrain.config import Config, from_yaml, split_arguments
+from dltrain.config import Config, from_tree, load_overrides, split_arguments, to_yaml
 from dltrain.data.loader import Loader
 from dltrain.data.order import Order
 from dltrain.data.reader import Dataset
@@ -74,7 +75,7 @@ def train(job: Job) -> int:
         evaluation = _evaluation_loader(job.config, task, held_out, mesh) if held_out else None
         run = _agree_on_run(job)
         engine = parallelize(task, job.config, mesh, device)
-        hooks = _hooks(job, run)
+        hooks = _hooks(job, task, run)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         try:
             with stop_flag() as stop:
@@ -106,9 +107,9 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
     with joined(job.config, job.environment) as device:
         task = job.task(job.config)
         mesh = build_mesh(job.config.parallel, job.environment, device)
-        data, held_out = _open_data(job.config, task)
-        if held_out is None:
+        if not job.config.data.evaluation:
             raise UserError("data.evaluation is empty: name the held-out shards with --data.evaluation URL")
+        held_out = _open(job.config, task, job.config.data.evaluation)
         engine = parallelize(task, job.config, mesh, device)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         path = best_checkpoint(run.checkpoints) or checkpointer.latest()
@@ -129,17 +130,17 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
     parser.add_argument("command", nargs="?", choices=("train", "eval"), default="train")
     parser.add_argument("run", nargs="?", help="the run to evaluate")
     parser.add_argument("--preset", default="")
+    parser.add_argument("--config", type=Path)
     known = parser.parse_args(words)
     recipe = _declared(task)
     if known.command == "train":
-        config = recipe.configure(known.preset, overrides)
+        config = recipe.configure(known.preset, overrides, known.config)
         return train(Job(task, recipe.name, known.preset, config, environment))
     if known.run is None:
         raise UserError("eval needs a run: eval RUN")
     run = find_run(known.run)
     record = run.read()
-    config = from_yaml(recipe.config, record["config"], str(run.record))
-    config = Declarations(recipe.name, recipe.path, recipe.config, {"": lambda: config}, "").configure("", overrides)
+    config = load_overrides(from_tree(recipe.config, record["config"], str(run.record)), overrides)
     return evaluate_run(Job(task, recipe.name, record["preset"], config, environment), run)
 
 
@@ -151,12 +152,17 @@ def _declared(task: type[Task]) -> Declarations:
 
 
 def _open_data(config: Config, task: Task) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out samples; what the training data say of themselves is what the task knows."""
     if not config.data.train:
         raise UserError("data.train is empty: name the training shards with --data.train URL, or take a --preset")
-    data = open_dataset(config.data.train, config.data.memory, task.window())
-    task.facts = data.facts
-    held_out = config.data.evaluation
-    return data, open_dataset(held_out, config.data.memory, task.window()) if held_out else None
+    held_out = _open(config, task, config.data.evaluation) if config.data.evaluation else None
+    return _open(config, task, config.data.train), held_out
+
+
+def _open(config: Config, task: Task, url: str) -> Dataset:
+    dataset = open_dataset(url, config.data.memory, task.window())
+    task.facts = dataset.facts
+    return dataset
 
 
 def _train_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh, pin_memory: bool) -> Loader:
@@ -209,10 +215,11 @@ def _agree_on_run(job: Job) -> RunFolder:
     return chosen[0]
 
 
-def _hooks(job: Job, run: RunFolder) -> list[Hook]:
+def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
+    hooks = task.hooks()
     if not job.environment.is_main:
-        return []
-    hooks: list[Hook] = [Records(run.metrics), *progress(job.config.logging.progress)]
+        return hooks
+    hooks += [Records(run.metrics), *progress(job.config.logging.progress)]
     if job.config.logging.tensorboard:
         from dltrain.hooks.tensorboard import TensorBoard  # slow to import, and may be switched off
 
@@ -252,6 +259,7 @@ def _record_start(job: Job, run: RunFolder, dataset: Dataset) -> None:
     if run.record.is_file():
         record["created"] = run.read()["created"]
     run.update(**record)
+    storage.write(str(run.config), to_yaml(job.config).encode())
     say(job.environment, f"run {run.path} on {job.environment.world_size} rank(s)")
 
 

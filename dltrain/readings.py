@@ -83,19 +83,23 @@ class Readings:
             loss = loss_sum / count if count else math.nan
             yield Reading(first.step, first.position, first.learning_rate, loss, norm, asked)
 
-    def close(self) -> None:
-        """Bring the last step's loss by a reduction of its own, so that every step can be read."""
-        if self._queue:
-            last = self._queue[-1]
-            reduced = self.reduce(torch.zeros(()), Request(0))
-            self.push(last.step + 1, last.position, 0.0, reduced, self._loss_sum, torch.zeros((), device=self._device))
+    def flush(self) -> list[Reading]:
+        """Readings of every step so far; collective, for the last step's loss takes a reduction of its own."""
+        if not self._queue:
+            return []
+        last = self._queue[-1]
+        reduced = self.reduce(torch.zeros(()), Request(0))
+        self.push(last.step + 1, last.position, 0.0, reduced, self._loss_sum, torch.zeros((), device=self._device))
+        readings = list(self.pop(last.step))
+        self._queue.clear()
+        return readings
 
     def _to_host(self, values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if self._device.type != "cuda":
             return values, None
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
-        ready = torch.cuda.Event()
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
         return host, ready
 

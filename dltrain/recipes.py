@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dltrain.config import Config
+from dltrain.config import Config, from_yaml
 from dltrain.config.load import check_keys, load_overrides
 from dltrain.errors import UserError, nearest
 
@@ -36,11 +36,16 @@ class Declarations:
     def summary(self) -> str:
         return self.doc.strip().splitlines()[0] if self.doc.strip() else ""
 
-    def configure(self, preset: str, overrides: dict[str, Any]) -> Config:
-        """The preset's config with overrides; the preset may be empty. Raises :class:`UserError`."""
+    def configure(self, preset: str, overrides: dict[str, Any], file: Path | None = None) -> Config:
+        """The config of a preset (which may be empty) or of a YAML file, with overrides. Raises :class:`UserError`."""
         check_keys(self.config, [key.replace("__", ".") for key in overrides])
         if preset and preset not in self.presets:
             raise UserError(f"recipe {self.name} has no preset {preset!r}; {nearest(preset, self.presets)}")
+        if file is not None:
+            if preset or not file.is_file():
+                reason = "both --preset and --config are given" if preset else f"there is no config file {file}"
+                raise UserError(f"{reason}; give one of them")
+            return load_overrides(from_yaml(self.config, file.read_text(), str(file)), overrides)
         config = self.presets[preset]() if preset else self.config()
         return load_overrides(config, overrides)
 
@@ -146,5 +151,3 @@ def _execute(nodes: list[ast.stmt], module: ModuleType, path: Path) -> None:
             f"the sections and presets of recipe {path} do not run by themselves: {reason}; they may use "
             "dltrain.config, pydantic and the standard library's typing, math and enum alone"
         ) from None
-
-

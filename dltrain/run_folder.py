@@ -1,6 +1,6 @@
 """A run on disk: its folder, ``run.json``, and which runs there are. Imports no torch.
 
-    runs/<name>/run.json  metrics.jsonl  tensorboard/  checkpoints/  report/
+runs/<name>/run.json  config.yaml  metrics.jsonl  tensorboard/  checkpoints/  report/
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dltrain import storage
-from dltrain.config import Config, to_yaml
+from dltrain.config import Config
 from dltrain.errors import UserError, nearest
 
 RECORD = "run.json"
@@ -35,6 +35,10 @@ class RunFolder:
     @property
     def record(self) -> Path:
         return self.path / RECORD
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
@@ -106,7 +110,7 @@ def first_record(config: Config, recipe: str, preset: str, world_size: int, fing
         "preset": preset,
         "status": "running",
         "created": round(time.time(), 3),
-        "config": to_yaml(config),
+        "config": config.model_dump(mode="json"),
         "dataset_fingerprint": fingerprint,
         "world_size": world_size,
         "versions": {name: _version(name) for name in ("dltrain", "torch", "torchvision", "numpy")},

@@ -20,6 +20,7 @@ from dltrain.data.sample import Sample
 if TYPE_CHECKING:
     from dltrain.config import Config
     from dltrain.data.windows import Window
+    from dltrain.hooks.base import Hook
     from dltrain.metrics.base import Metric
     from dltrain.parallel.plan import Plan
 
@@ -81,6 +82,10 @@ class Task:
     def metrics(self) -> Metric:
         """A fresh metric for one evaluation."""
         raise NotImplementedError(f"{type(self).__name__} must return a metric from metrics()")
+
+    def hooks(self) -> list[Hook]:
+        """Hooks of the recipe's own, made on every rank."""
+        return []
 
     def plan(self) -> Plan | None:
         """How the model is sharded; ``None`` finds its blocks by structure (``Plan.auto``)."""

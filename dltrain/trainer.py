@@ -1,7 +1,7 @@
 """The training loop: the only one, read from top to bottom.
 
-``fit`` says what a run is and ``train_step`` what a step is. Nothing in a step waits for the device: one small reduction
-carries the global count, the last step's loss and the ranks' requests, and its values are read ``LAG`` steps later.
+``fit`` says what a run is and ``train_step`` what a step is. Nothing in a step waits for the device: one small
+reduction carries the global count, the last step's loss and the ranks' requests, and is read ``LAG`` steps later.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dltrain.checkpoint.checkpointer import Checkpointer
 from dltrain.config import Config
@@ -58,13 +56,13 @@ class Trainer:
         self.evaluation, self.checkpointer = evaluation, checkpointer
         self.hooks = list(hooks)
         self._listeners = {event: [h for h in self.hooks if _overrides(h, event)] for event in EVENTS}
-        self._stop = stop or StopFlag()
+        self._stop = StopFlag() if stop is None else stop
         self._data_rank = data_rank
         self.step, self.scores, self.status = 0, {}, "new"
         self.best: float | None = None
-        self._start_step, self._elapsed, self._since = 0, 0.0, time.monotonic()
+        self._elapsed, self._since = 0.0, time.monotonic()
         self.trained_samples, self.trained_seconds = 0, 0.0
-        self._requests = Request(0)
+        self._requests = self._asked = Request(0)
         self._readings = Readings(engine.device, len(Request))
         self._meter = Meter()
         self._resolve_length()
@@ -106,7 +104,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """One optimizer step on this rank's share of the global batch.
 
-        gradient = d/dw  sum over ranks and samples of (weight x loss)  /  sum over ranks and samples of (weight x count)
+        gradient = d/dw (sum of weight x loss) / (sum of weight x count), both over all ranks and samples
         """
         seed_all(step_key(self.config.run.seed, self.step, self._data_rank))
         self._tell("step_start", batch)
@@ -126,6 +124,7 @@ class Trainer:
         """Score the held-out samples and note the best; ``None`` without any."""
         if self.evaluation is None:
             return None
+        self._drain()
         self._tell("evaluation_start")
         metric = evaluate(self.engine, self.task, self.evaluation)
         self.scores = metric.compute()
@@ -139,6 +138,7 @@ class Trainer:
         """Save a checkpoint of this step."""
         if self.checkpointer is None:
             return
+        self._drain()
         path = self.checkpointer.save(self.step, self.engine, self.state_dict())
         self._tell("checkpoint_saved", path)
         self._meter.restart()
@@ -159,7 +159,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state. Raises :class:`UserError` when data or their order differ from the saved ones."""
         self.loader.load_state_dict(state["cursor"])
-        self.step = self._start_step = int(state["step"])
+        self.step = int(state["step"])
         self.best, self._elapsed = state["best"], float(state["elapsed_seconds"])
         for hook in self.hooks:
             if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:
@@ -206,11 +206,17 @@ class Trainer:
 
     def _read(self, up_to: int) -> Request:
         """Read the values of steps up to ``up_to``, log what is due, and return what the ranks have asked for."""
-        asked = Request(0)
+        asked, self._asked = self._asked, Request(0)
         for reading in self._readings.pop(up_to):
             asked |= reading.requests
             self._log(reading)
         return asked
+
+    def _drain(self) -> None:
+        """Read every step so far, so that records are complete before what follows; requests wait for the next step."""
+        for reading in self._readings.flush():
+            self._asked |= reading.requests
+            self._log(reading)
 
     def _log(self, reading: Reading) -> None:
         self._refuse_nonfinite(reading)
@@ -232,9 +238,9 @@ class Trainer:
         if reading.finite or self.config.run.nonfinite == "skip":
             return
         raise UserError(
-            f"the gradient of step {reading.step} is not finite (loss {reading.loss:.4g}, norm {reading.norm:.4g}); its "
-            "update was skipped and the run stopped. Lower optim.learning_rate, set optim.max_norm, look at the data, "
-            "or let such steps pass with run.nonfinite skip"
+            f"the gradient of step {reading.step} is not finite (loss {reading.loss:.4g}, norm {reading.norm:.4g}); "
+            "its update was skipped and the run stopped. Lower optim.learning_rate, set optim.max_norm, look at the "
+            "data, or let such steps pass with run.nonfinite skip"
         )
 
     def _periodic(self, before: tuple[int, int], asked: Request) -> None:
@@ -251,7 +257,9 @@ class Trainer:
         """Save and mark the checkpoint whose score is better than all before."""
         metric, better = self.config.evaluation.metric, max if self.config.evaluation.mode == "max" else min
         if metric not in self.scores:
-            raise UserError(f"evaluation.metric is {metric!r}, which is not scored; there are: {', '.join(self.scores)}")
+            raise UserError(
+                f"evaluation.metric is {metric!r}, which is not scored; there are: {', '.join(self.scores)}"
+            )
         value = self.scores[metric]
         if self.best is not None and better(self.best, value) == self.best:
             return
@@ -259,12 +267,6 @@ class Trainer:
         if self.checkpointer is not None:
             self.save()
             self.checkpointer.mark_best(self.step, metric, value)
-
-    def _drain(self) -> None:
-        """Read what is left; the last step's loss takes a reduction of its own."""
-        if self.step > self._start_step:
-            self._readings.close()
-            self._read(self.step)
 
     def _interrupt(self) -> str:
         self._drain()

@@ -1,7 +1,7 @@
 """What is saved, how it is committed, found and kept.
 
-``checkpoints/step-00000100/`` holds tensors by DCP, everything else as ``state.json``, and, written last, ``COMMITTED``:
-sizes and checksums of all files. A folder without it is a torn save and never taken for a whole one.
+``checkpoints/step-00000100/`` holds tensors by DCP, everything else as ``state.json``, and, written last,
+``COMMITTED``: sizes and checksums of all files. A folder without it is a torn save and never taken for a whole one.
 """
 
 from __future__ import annotations

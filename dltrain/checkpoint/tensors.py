@@ -7,18 +7,26 @@ metadata is read by an unpickler that knows DCP's classes and no others: a check
 from __future__ import annotations
 
 import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from dltrain.errors import UserError
 
 _ALLOWED = {
     ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
@@ -37,18 +45,20 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
         if metadata.storage_meta is None:
-            metadata.storage_meta = self.storage_meta()
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
 def save_tensors(folder: Path, state: dict[str, Any]) -> None:
     """Write the tensors of an engine's state; collective."""
-    dcp.save(flatten(state), storage_writer=dcp.FileSystemWriter(folder), no_dist=not dist.is_initialized())
+    with _quiet():
+        save(flatten(state), storage_writer=FileSystemWriter(folder), no_dist=not dist.is_initialized())
 
 
 def load_tensors(folder: Path, state: dict[str, Any]) -> None:
@@ -71,7 +81,21 @@ def load_tensors(folder: Path, state: dict[str, Any]) -> None:
                 f"tensor {name!r} has shape {tuple(there.size)} in the checkpoint {folder} and {tuple(tensor.shape)} "
                 "here; give the model the settings it was trained with, or start a new run"
             )
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with _quiet():
+        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole and on the CPU, by the names of :func:`flatten`; for one process alone."""
+    reader = _Reader(folder)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with _quiet():
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def flatten(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -82,7 +106,13 @@ def flatten(state: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _dtype_names() -> set[str]:
-    import torch
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's remark that one process alone saves as one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
+
+def _dtype_names() -> set[str]:
     return {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}

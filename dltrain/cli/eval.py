@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from dltrain.cli.main import Parser
-from dltrain.config import from_yaml, load_overrides, split_arguments
+from dltrain.config import from_tree, load_overrides, split_arguments
 from dltrain.recipes import declarations, find
 from dltrain.run_folder import find_run
 from dltrain.runtime.launch import launch
@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
     folder = find_run(known.run)
     record = folder.read()
     recipe = declarations(record["recipe"])
-    load_overrides(from_yaml(recipe.config, record["config"], str(folder.record)), overrides)
+    load_overrides(from_tree(recipe.config, record["config"], str(folder.record)), overrides)
     command = [sys.executable, str(find(record["recipe"])), "eval", str(folder.path)]
     command += [f"--{name}={value}" for name, value in overrides.items()]
     return launch(command, known.nproc, {"DLTRAIN_RECIPE": record["recipe"]})

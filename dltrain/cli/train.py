@@ -1,9 +1,10 @@
-"""``dltrain train RECIPE [--preset NAME] [--nproc N] [--section.key value ...]``"""
+"""``dltrain train RECIPE [--preset NAME | --config FILE] [--nproc N] [--section.key value ...]``"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dltrain.cli.main import Parser
 from dltrain.config import Config, split_arguments
@@ -20,6 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser(prog="dltrain train", add_help=False)
     parser.add_argument("recipe", nargs="?")
     parser.add_argument("--preset", default="")
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--nproc", type=int, default=1)
     parser.add_argument("-h", "--help", action="store_true")
     known = parser.parse_args(words)
@@ -28,17 +30,18 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if known.help else 2
     if known.nproc < 1:
         raise UserError(f"--nproc is {known.nproc}; give 1 or more")
-    config = declarations(known.recipe).configure(known.preset, overrides)
+    config = declarations(known.recipe).configure(known.preset, overrides, known.config)
     choose_run(config, known.recipe, known.preset)
     command = [sys.executable, str(find(known.recipe)), "train"]
     command += ["--preset", known.preset] if known.preset else []
-    command += [word for name, value in overrides.items() for word in (f"--{name}={value}",)]
+    command += ["--config", str(known.config)] if known.config else []
+    command += [f"--{name}={value}" for name, value in overrides.items()]
     return launch(command, known.nproc, {"DLTRAIN_RECIPE": known.recipe})
 
 
 def _help(recipe: str | None, preset: str) -> str:
     lines = [
-        "usage: dltrain train RECIPE [--preset NAME] [--nproc N] [--section.key value ...]",
+        "usage: dltrain train RECIPE [--preset NAME | --config FILE] [--nproc N] [--section.key value ...]",
         "",
         "RECIPE is a name from `dltrain recipe ls`, or a file of yours ending in .py; N is the number of ranks here.",
         "Lengths and intervals carry a unit: 2ep (epochs), 100st (steps), 0.5h (hours).",

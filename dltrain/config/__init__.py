@@ -1,11 +1,11 @@
 """Configuration: a typed tree, strict loading, dotted overrides, a YAML record. Imports no torch.
 
-    config = load_overrides(digits(), {"optim.learning_rate": "0.1"})
-    assert from_yaml(Config, to_yaml(config)) == config
+config = load_overrides(digits(), {"optim.learning_rate": "0.1"})
+assert from_yaml(Config, to_yaml(config)) == config
 """
 
 from dltrain.config.length import Length
-from dltrain.config.load import from_yaml, load_overrides, split_arguments, to_yaml
+from dltrain.config.load import from_tree, from_yaml, load_overrides, split_arguments, to_yaml
 from dltrain.config.tree import (
     Checkpoint,
     Config,
@@ -36,6 +36,7 @@ __all__ = [
     "Run",
     "Schedule",
     "Section",
+    "from_tree",
     "from_yaml",
     "load_overrides",
     "preset",

@@ -90,6 +90,11 @@ def from_yaml(kind: type[C], text: str, source: str = "") -> C:
         raise UserError(f"{source or 'the config'} is not YAML: {error}".replace("\n", " ")) from None
     if not isinstance(tree, dict):
         raise UserError(f"{source or 'the config'} is not a mapping of sections")
+    return from_tree(kind, tree, source)
+
+
+def from_tree(kind: type[C], tree: Mapping[str, Any], source: str = "") -> C:
+    """The config a nested mapping describes, as ``run.json`` holds it. Raises :class:`UserError`."""
     check_keys(kind, [*_dotted(tree)])
     return _validated(kind, tree, source)
 

@@ -84,7 +84,8 @@ def scan(data: bytes | bytearray, where: str = "the tar") -> ShardIndex:
     """Index a whole tar in memory. Raises :class:`UserError` when it is no tar or is cut short."""
     keys: list[str] = []
     places: dict[str, int] = {}
-    first, extension, offset, size, crc = [0], [], [], [], []
+    first, extension = [0], list[int]()
+    offset, size, crc = list[int](), list[int](), list[int]()
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:

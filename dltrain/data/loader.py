@@ -176,7 +176,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved cursor. Raises :class:`UserError` when the data or their order are not those it was taken from."""
+        """Go to a saved cursor. Raises :class:`UserError` when the data or their order are others."""
         mine = self.state_dict()
         names = {"seed": "run.seed", "lanes": "data.lanes", "window": "data.window", "shuffle": "shuffle"}
         if state["fingerprint"] != mine["fingerprint"]:
@@ -210,6 +210,7 @@ def _stack(name: str, arrays: list[dict[str, np.ndarray[Any, Any]]], samples: li
         if value.shape != values[0].shape or value.dtype != values[0].dtype:
             raise UserError(
                 f"field {name!r} of {sample.where} has shape {value.shape} and type {value.dtype}, "
-                f"{samples[0].where} has {values[0].shape} and {values[0].dtype}; make them equal in the task's sample()"
+                f"{samples[0].where} has {values[0].shape} and {values[0].dtype}; "
+                "make them equal in the task's sample()"
             )
     return torch.from_numpy(np.stack(values))

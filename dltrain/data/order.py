@@ -130,7 +130,7 @@ class Order:
         return _total(self.shard_sizes)
 
     def locate(self, positions: Integers) -> tuple[Integers, Integers]:
-        """Shard and index within the shard of the samples at ``positions`` (int64 [n]); two arrays of the same shape."""
+        """Shard, and index within it, of the samples at ``positions`` (int64 [n]); two arrays of the same shape."""
         shards = np.empty_like(positions)
         indices = np.empty_like(positions)
         epochs, places = np.divmod(positions, self.samples)

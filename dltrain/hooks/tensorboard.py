@@ -50,11 +50,12 @@ class TensorBoard(Hook):
                 self._scores[name] = value
 
     def fit_end(self, trainer: View) -> None:
-        if self._writer is None or self._writer.file_writer is None:
+        if self._writer is None:
             return
         flat = _flatten(trainer.config.model_dump(mode="json"))
-        for summary in hparams(flat, {f"hparam/{k}": v for k, v in self._scores.items()}):
-            self._writer.file_writer.add_summary(summary)
+        scores = {f"hparam/{name}": value for name, value in self._scores.items()}
+        for summary in hparams(flat, scores):  # type: ignore[no-untyped-call]
+            self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
         for name, value in self._scores.items():
             self._writer.add_scalar(f"hparam/{name}", value, trainer.step)
 

@@ -48,7 +48,7 @@ def reduce_sums(metric: Metric) -> None:
     names = sorted(metric.sums)
     packed = torch.cat([metric.sums[name].reshape(-1) for name in names])
     dist.all_reduce(packed)
-    parts = packed.split([metric.sums[name].numel() for name in names])
+    parts = torch.split(packed, [metric.sums[name].numel() for name in names])
     for name, part in zip(names, parts, strict=True):
         metric.sums[name] = part.reshape(metric.sums[name].shape)
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def confusion_matrix(confusion: Tensor, names: Sequence[str], path: Path) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,9 +19,10 @@ from dltrain.parallel.plan import Plan
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """DDP. Buffers are kept equal by the engine, once per step under every layout."""
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    # torch 2.13 gave the argument a new name
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)
 
 
 def shard(model: nn.Module, plan: Plan, mesh: Mesh, config: Config) -> nn.Module:
@@ -32,7 +36,8 @@ def shard(model: nn.Module, plan: Plan, mesh: Mesh, config: Config) -> nn.Module
             mp_policy=policy,
             reshard_after_forward=config.parallel.reshard_after_forward,
         )
-    return fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy)
+    fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy)
+    return model
 
 
 class BufferSync:
@@ -48,6 +53,6 @@ class BufferSync:
             return
         packed = torch.cat([buffer.reshape(-1).double() for buffer in self._buffers])
         dist.broadcast(packed, src=0)
-        parts: tuple[Tensor, ...] = packed.split([buffer.numel() for buffer in self._buffers])
+        parts: tuple[Tensor, ...] = torch.split(packed, [buffer.numel() for buffer in self._buffers])
         for buffer, part in zip(self._buffers, parts, strict=True):
             buffer.copy_(part.reshape(buffer.shape))

@@ -96,7 +96,7 @@ class PlainEngine:
                 losses = self._losses(piece)[1] * piece.weight
                 total += losses.detach().sum()
                 # DDP and FSDP2 average over data ranks; the sum is wanted, for `count` is the global one
-                (losses.sum() * (self._data_ranks / count)).backward()
+                (losses.sum() * (self._data_ranks / count)).backward()  # type: ignore[no-untyped-call]
         return Loss(total, count)
 
     def step(self, learning_rate: float, max_norm: float) -> Tensor:
@@ -120,7 +120,7 @@ class PlainEngine:
 
     def settle(self, batch: Batch) -> None:
         """DDP orders its buckets anew after the first backward pass, and with three or more ranks another order gives
-        another last bit. Two passes before the first step, whether of a fresh or a resumed run, make all steps alike."""
+        another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike."""
         if not isinstance(self._wrapped, DistributedDataParallel):
             return
         buffers = [buffer.clone() for buffer in self.model.buffers()]

@@ -39,7 +39,9 @@ class Environment:
         try:
             rank, world, local, local_world = (int(variables.get(n, d)) for n, d in zip(names, "0101", strict=True))
         except ValueError as error:
-            raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}") from None
+            raise UserError(
+                f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}"
+            ) from None
         if "LOCAL_WORLD_SIZE" not in variables and world > 1:
             local_world = world
         if not 0 <= rank < world or world % local_world:

@@ -35,8 +35,8 @@ def launch(command: Sequence[str], ranks: int, variables: Mapping[str, str] | No
         port = free_port()
         processes = [subprocess.Popen(command, env=base | rank_variables(rank, ranks, port)) for rank in range(ranks)]
         with _forwarded(processes):
-            _wait(processes)
-        return _verdict(processes, Path(folder))
+            killed = _wait(processes)
+        return _verdict(processes, killed, Path(folder))
 
 
 def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -92,40 +92,44 @@ class _forwarded:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or one has failed and the rest were ended."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
+    """Until all have ended, or one has failed and the rest were ended; returns the ranks that had to be killed."""
     while any(process.poll() is None for process in processes):
         if any(process.returncode not in (None, 0, EXIT_STOPPED) for process in processes):
-            _end(processes)
-            return
+            return _end(processes)
         time.sleep(0.02)
+    return set()
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
     """Give the survivors time to fail by themselves (and so to say why), then kill them."""
     deadline = time.monotonic() + GRACE_SECONDS
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.02)
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    left = {rank for rank, process in enumerate(processes) if process.poll() is None}
+    for rank in left:
+        processes[rank].kill()
+        processes[rank].wait()
+    return left
 
 
-def _verdict(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> int:
-    failures = sorted((json.loads(file.read_text()) for file in folder.glob("rank-*.json")), key=_severity)
-    if failures:
-        print(failures[0]["message"], file=sys.stderr)
-        return int(failures[0]["status"])
-    statuses = [process.returncode for process in processes]
-    for rank, status in enumerate(statuses):
-        if status not in (0, EXIT_STOPPED):
-            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            print(f"dltrain: rank {rank} {how}; its last saved checkpoint is whole", file=sys.stderr)
-            return 128 - status if status < 0 else status
-    return max(statuses)
+def _verdict(processes: Sequence[subprocess.Popen[bytes]], killed: set[int], folder: Path) -> int:
+    """Show what came first in the chain: the user's mistake, else a rank that died without a word, else an exception.
 
-
-def _severity(failure: dict[str, float]) -> tuple[bool, float]:
-    """The user's own mistake explains more than the crashes that follow from it; then the earliest."""
-    return failure["status"] != EXIT_USER_ERROR, failure["time"]
+    The collapse of peers that waited for a dead rank is not shown.
+    """
+    failures = sorted((json.loads(file.read_text()) for file in folder.glob("rank-*.json")), key=lambda f: f["time"])
+    mistakes = [failure for failure in failures if failure["status"] == EXIT_USER_ERROR]
+    statuses = {rank: process.returncode for rank, process in enumerate(processes)}
+    spoken = {failure["rank"] for failure in failures} | killed
+    silent = [rank for rank, status in statuses.items() if status not in (0, EXIT_STOPPED) and rank not in spoken]
+    if mistakes or (failures and not silent):
+        shown = (mistakes or failures)[0]
+        print(shown["message"], file=sys.stderr)
+        return int(shown["status"])
+    if silent:
+        status = statuses[silent[0]]
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        print(f"dltrain: rank {silent[0]} {how}; checkpoints it had saved are whole", file=sys.stderr)
+        return 128 - status if status < 0 else int(status)
+    return max(statuses.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from dltrain.errors import UserError
@@ -59,7 +59,7 @@ def _open(url: str) -> tuple[Store, str]:
     return _store(scheme), path
 
 
-@lru_cache(maxsize=None)
+@cache
 def _store(scheme: str) -> Store:
     if scheme == "file":
         return LocalStore()

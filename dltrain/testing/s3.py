@@ -1,7 +1,7 @@
 """A local S3 endpoint: moto's server on the loopback address, spoken to over HTTP by a real client.
 
-    with S3Server("digits") as server:
-        subprocess.run(command, env={**os.environ, **server.variables})
+with S3Server("digits") as server:
+    subprocess.run(command, env={**os.environ, **server.variables})
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class S3Server:
             client.create_bucket(Bucket=bucket)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for name, value in self._before.items():
             if value is None:
                 os.environ.pop(name, None)

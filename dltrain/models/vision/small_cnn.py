@@ -1,4 +1,5 @@
-"""A small convolutional network for small images: three blocks of convolution, batch norm and ReLU, then one linear layer."""
+"""A small convolutional network for small images: three blocks of convolution, batch norm
+and ReLU, then one linear layer."""
 
 from __future__ import annotations
 

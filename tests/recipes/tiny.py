@@ -1,0 +1,89 @@
+"""A recipe for tests: digits by a small network with dropout and batch norm; it can be told to die, and notes its keys.
+
+Variables: ``TINY_TRACE`` names a folder for the keys each rank saw; ``TINY_DIE`` is ``step:signal``; ``TINY_NAN`` is a
+step whose losses are not finite.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dltrain import Batch, Config, Hook, Section, Task, main, preset
+from dltrain.config import Checkpoint, Data, Evaluation, Length, Logging, Optim, Run, Schedule
+from dltrain.metrics.classification import Classification
+
+
+class TinyModel(Section):
+    width: int = 16
+    """Hidden units."""
+
+
+class TinyConfig(Config):
+    model: TinyModel = TinyModel()
+
+
+@preset
+def small() -> TinyConfig:
+    """Sixteen steps."""
+    return TinyConfig(
+        run=Run(length=Length.parse("16st")),
+        data=Data(train="bundled://digits/train", evaluation="bundled://digits/heldout", global_batch_size=100),
+        optim=Optim(learning_rate=5e-3, max_norm=1.0),
+        schedule=Schedule(warmup=Length.parse("4st")),
+        checkpoint=Checkpoint(every=Length.parse("4st")),
+        evaluation=Evaluation(every=Length.parse("8st"), metric="accuracy", mode="max", report=False),
+        logging=Logging(every=Length.parse("1st"), tensorboard=False),
+    )
+
+
+class Trace(Hook):
+    """Writes the keys of every step, and dies when told to."""
+
+    def step_start(self, trainer, batch):
+        folder = os.environ.get("TINY_TRACE")
+        if folder:
+            real = [
+                [p, k] for p, k, w in zip(batch.position.tolist(), batch.keys, batch.weight.tolist(), strict=True) if w
+            ]
+            path = Path(folder) / f"{os.environ.get('RANK', '0')}.jsonl"
+            with path.open("a") as file:
+                file.write(json.dumps({"step": trainer.step, "samples": real}) + "\n")
+
+    def step_end(self, trainer):
+        step, _, number = os.environ.get("TINY_DIE", "0:").partition(":")
+        if int(step) and trainer.step == int(step) and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.Signals[number])
+
+
+class Tiny(Task):
+    config: TinyConfig
+
+    def model(self) -> nn.Module:
+        width = self.config.model.width
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 10)
+        )
+
+    def inputs(self, batch: Batch) -> tuple[Tensor]:
+        return (batch.fields["png"].float() / 255,)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        losses = F.cross_entropy(outputs, batch.fields["cls"], reduction="none")
+        if torch.is_grad_enabled() and os.environ.get("TINY_NAN"):
+            losses = losses * float("nan")
+        return losses
+
+    def metrics(self) -> Classification:
+        return Classification([str(label) for label in range(10)])
+
+    def hooks(self) -> list[Hook]:
+        return [Trace()]
+
+
+if __name__ == "__main__":
+    main(Tiny)

@@ -1,0 +1,99 @@
+"""A run that was interrupted and one that was not are indistinguishable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dltrain.checkpoint.checkpointer import committed
+from dltrain.checkpoint.tensors import read_tensors
+from tests.conftest import TINY, Cli
+
+
+def last_tensors(run: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(committed(run / "checkpoints")[-1])
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), f"{name} differs by {(tensor - other[name]).abs().max():.3g}"
+
+
+def seen(folder: Path) -> dict[int, dict[int, str]]:
+    """Position to key of every step, over all ranks; the last word counts where a step was done twice."""
+    steps: dict[int, dict[int, str]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        mine: dict[int, dict[int, str]] = {}
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            mine[record["step"]] = dict(map(tuple, record["samples"]))
+        for step, samples in mine.items():
+            steps.setdefault(step, {}).update(samples)
+    return steps
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_killed_at_three_steps_and_resumed_on_three_ranks_ends_with_the_same_bits(
+    cli: Cli, tmp_path: Path, layout: str
+) -> None:
+    common = ["train", TINY, "--preset", "small", "--nproc", "3"]
+    common += ["--parallel.dp_shard", "3"] if layout == "fsdp" else []
+    assert cli(*common, "--run.name", "whole").status == 0
+    whole = last_tensors(tmp_path / "runs" / "whole")
+    again = [*common, "--run.name", "broken", "--run.resume", "auto"]
+    killed = cli(*again, TINY_DIE="6:SIGKILL")
+    assert killed.status != 0
+    assert "SIGKILL" in killed.err
+    stopped = cli(*again, TINY_DIE="9:SIGTERM")
+    assert stopped.status == 75, stopped.err
+    assert cli(*again, TINY_DIE="15:SIGKILL").status != 0
+    resumed = cli(*again)
+    assert resumed.status == 0, resumed.err
+    assert_same_bits(whole, last_tensors(tmp_path / "runs" / "broken"))
+    losses = [
+        [(r["step"], r["loss"]) for r in map(json.loads, (tmp_path / "runs" / name / "metrics.jsonl").open()) if "loss" in r]
+        for name in ("whole", "broken")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_two_then_one_then_three_ranks_see_exactly_the_remaining_samples(cli: Cli, tmp_path: Path) -> None:
+    for name in ("whole", "elastic"):
+        (tmp_path / name).mkdir()
+    train = ["train", TINY, "--preset", "small"]
+    assert cli(*train, "--run.name", "whole", TINY_TRACE=str(tmp_path / "whole")).status == 0
+    again = [*train, "--run.name", "elastic", "--run.resume", "auto"]
+    trace = str(tmp_path / "elastic")
+    assert cli(*again, "--nproc", "2", TINY_TRACE=trace, TINY_DIE="5:SIGTERM").status == 75
+    stale = tmp_path / "elastic" / "1.jsonl"
+    stale.rename(tmp_path / "elastic" / "7.jsonl")
+    (tmp_path / "elastic" / "0.jsonl").rename(tmp_path / "elastic" / "6.jsonl")
+    assert cli(*again, "--nproc", "1", TINY_TRACE=trace, TINY_DIE="10:SIGTERM").status == 75
+    (tmp_path / "elastic" / "0.jsonl").rename(tmp_path / "elastic" / "5.jsonl")
+    assert cli(*again, "--nproc", "3", TINY_TRACE=trace).status == 0
+    whole, elastic = seen(tmp_path / "whole"), seen(tmp_path / "elastic")
+    assert len(whole) == 16
+    assert whole == elastic
+
+
+def test_a_changed_batch_size_continues_the_same_sequence(cli: Cli, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    train = ["train", TINY, "--preset", "small", "--run.name", "changed", "--run.resume", "auto"]
+    assert cli(*train, TINY_TRACE=str(trace), TINY_DIE="5:SIGTERM").status == 75
+    assert cli(*train, "--data.global_batch_size", "50", TINY_TRACE=str(trace)).status == 0
+    positions = sorted(position for samples in seen(trace).values() for position in samples)
+    assert positions == list(range(len(positions)))
+
+
+def test_resuming_a_finished_run_trains_no_further(cli: Cli, tmp_path: Path) -> None:
+    train = ["train", TINY, "--preset", "small", "--run.length", "4st", "--run.name", "done"]
+    first = cli(*train)
+    again = cli(*train, "--run.resume", "auto")
+    assert (first.status, again.status) == (0, 0)
+    assert again.result["step"] == 4
+    assert again.result["accuracy"] == first.result["accuracy"]
