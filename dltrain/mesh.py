@@ -61,6 +61,8 @@ def _resolve(replicate: int, shard: int, world: int) -> tuple[int, int]:
     for name, degree in (("dp_replicate", replicate), ("dp_shard", shard)):
         if degree == 0 or (degree > 0 and world % degree):
             raise UserError(f"parallel.{name} is {degree}, which does not divide the {world} ranks")
+    if replicate == shard == -1:
+        return 1, world
     if replicate == -1:
         return world // shard, shard
     if shard == -1:

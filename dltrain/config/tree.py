@@ -141,7 +141,7 @@ class Parallel(Section):
     """How the ranks divide the work: degrees multiply to the number of ranks."""
 
     dp_replicate: int = Field(default=-1, ge=-1)
-    """Replicas of the (sharded) model; -1 takes the ranks that are left."""
+    """Replicas of the (sharded) model; -1 takes the ranks that are left, 1 where dp_shard takes them."""
     dp_shard: int = Field(default=1, ge=-1)
     """Ranks that share one sharded copy (FSDP2); -1 takes the ranks that are left, 1 is DDP."""
     reshard_after_forward: bool = True
@@ -203,15 +203,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, length in (("schedule.warmup", self.schedule.warmup), *_milestones(self.schedule)):
+        lengths = (("schedule.warmup", self.schedule.warmup), ("logging.every", self.logging.every))
+        for name, length in (*lengths, *_milestones(self.schedule)):
             if length.unit == "h":
                 raise ValueError(f"{name} is {length}: give it in epochs (ep) or steps (st)")
         if self.run.length.unit == "h" and self.schedule.name == "cosine":
             raise ValueError("schedule.name cosine needs run.length in epochs or steps; take 'constant' or 'step'")
         if not self.run.length:
             raise ValueError("run.length is zero: nothing would be trained")
-        if self.parallel.dp_replicate == self.parallel.dp_shard == -1:
-            raise ValueError("only one of parallel.dp_replicate and parallel.dp_shard can be -1")
         return self
 
 

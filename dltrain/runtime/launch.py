@@ -94,11 +94,13 @@ class _forwarded:
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
     """Until all have ended, or one has failed and the rest were ended; returns the ranks that had to be killed."""
-    while any(process.poll() is None for process in processes):
-        if any(process.returncode not in (None, 0, EXIT_STOPPED) for process in processes):
+    while True:
+        statuses = [process.poll() for process in processes]
+        if any(status not in (None, 0, EXIT_STOPPED) for status in statuses):
             return _end(processes)
+        if None not in statuses:
+            return set()
         time.sleep(0.02)
-    return set()
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable
@@ -65,9 +66,9 @@ def _body(pipe: Connection, function: Any, rank: int, arguments: tuple[Any, ...]
         result = function(rank, *arguments)
         if dist.is_initialized():
             dist.destroy_process_group()
-        pipe.send((True, result))
+        pipe.send_bytes(pickle.dumps((True, result)))  # by value: torch would share memory with a process about to end
     except BaseException:  # noqa: BLE001 - sent to the caller, who raises
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
@@ -80,8 +81,8 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                well, result = pipes[rank].recv()
-            except EOFError:
+                well, result = pickle.loads(pipes[rank].recv_bytes())
+            except (EOFError, ConnectionResetError):
                 raise RankError(f"rank {rank} died without a word") from None
             if not well:
                 raise RankError(f"rank {rank} failed:\n{result}")

@@ -1,6 +1,6 @@
 """Models of torchvision, by name, with random weights unless told otherwise. The names are torchvision's own.
 
-    model = torchvision_model("vit_b_16", image_size=64)
+model = torchvision_model("vit_b_16", image_size=64)
 """
 
 from __future__ import annotations
