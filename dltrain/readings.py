@@ -1,7 +1,8 @@
 """Values of a step, reduced over ranks once and read on the host later.
 
-A step's one reduction carries: the count of this step, the loss sum of the step before (its own is not known yet), and
-one number for each kind of request. What it brings and the gradient norm go to the host without waiting for the device.
+With several ranks a step's one reduction carries: the count of this step, the loss sum of the step before (its own is
+not known yet), and one number for each kind of request. What it brings and the gradient norm go to the host without
+waiting for the device. One process alone has nothing to reduce and keeps the same timing.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dltrain.hooks.base import Request
+from dltrain.hooks.base import NOTHING, Request
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Reading:
     """What is known of a step once it was read; equal on every rank."""
 
@@ -34,77 +35,96 @@ class Reading:
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-@dataclass
+class _OnTheWay:
+    """Scalars of the device that will be numbers on the host, once asked for."""
+
+    __slots__ = ("_ready", "_values")
+
+    def __init__(self, values: list[Tensor], device: torch.device) -> None:
+        self._ready: torch.cuda.Event | None = None
+        self._values: list[Tensor] | Tensor = values
+        if device.type == "cuda":
+            packed = torch.cat([value.reshape(-1).double() for value in values])
+            self._values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._values.copy_(packed, non_blocking=True)
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready.record()
+
+    def numbers(self) -> list[float]:
+        if self._ready is not None:
+            self._ready.synchronize()
+        if isinstance(self._values, Tensor):
+            return list(self._values.tolist())
+        numbers: list[float] = []
+        for value in self._values:
+            numbers += value.tolist() if value.dim() else [value.item()]
+        return numbers
+
+
+@dataclass(slots=True)
 class _Pending:
     step: int
     position: int
     learning_rate: float
-    values: Tensor  # float64: count, loss sum of the step before, requests, norm
-    ready: torch.cuda.Event | None
+    requests: Request
+    values: _OnTheWay  # one rank: count, loss sum, norm; several: count, loss sum of the step before, requests, norm
 
 
 class Readings:
     """The step's reduction and the queue of values on their way to the host."""
 
-    def __init__(self, device: torch.device, kinds: int) -> None:
-        self._device, self._kinds = device, kinds
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._distributed = dist.is_initialized() and dist.get_world_size() > 1
         self._queue: deque[_Pending] = deque()
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._members = list(Request)
+        self._reduced, self._requests = torch.zeros(()), NOTHING
+        self._loss_sum = torch.zeros((), device=device)
 
     def reduce(self, count: Tensor, requests: Request) -> Tensor:
-        """Float64 [2 + kinds] on the device, summed over ranks. ``count`` is a scalar on the CPU."""
-        flags = [float(member in requests) for member in self._members] if requests else [0.0] * self._kinds
+        """The global count, float32 scalar on the device, from this rank's (a scalar on the CPU); collective."""
+        if not self._distributed:
+            self._reduced, self._requests = count.to(self._device, non_blocking=True), requests
+            return self._reduced
+        flags = [float(member in requests) for member in self._members]
         vector = torch.tensor([float(count), 0.0, *flags], dtype=torch.float64, pin_memory=self._device.type == "cuda")
         vector = vector.to(self._device, non_blocking=True)
         vector[1] = self._loss_sum
-        if self._distributed:
-            dist.all_reduce(vector)
-        return vector
+        dist.all_reduce(vector)
+        self._reduced = vector
+        return vector[0].float()
 
-    def push(
-        self, step: int, position: int, learning_rate: float, reduced: Tensor, loss_sum: Tensor, norm: Tensor
-    ) -> None:
-        """Queue a step's values."""
+    def push(self, step: int, position: int, learning_rate: float, loss_sum: Tensor, norm: Tensor) -> None:
+        """Queue the values of the step whose count was reduced last."""
         self._loss_sum = loss_sum
-        values, ready = self._to_host(torch.cat([reduced, norm.reshape(1)]))
-        self._queue.append(_Pending(step, position, learning_rate, values, ready))
+        values = [self._reduced, norm] if self._distributed else [self._reduced, loss_sum, norm]
+        self._queue.append(_Pending(step, position, learning_rate, self._requests, _OnTheWay(values, self._device)))
 
     def pop(self, up_to: int) -> Iterator[Reading]:
-        """Readings of the steps up to ``up_to``; one needs its successor in the queue, for that carries its loss."""
+        """Readings of the steps up to ``up_to``; one needs its successor in the queue, which may carry its loss."""
         while len(self._queue) > 1 and self._queue[0].step <= up_to:
             first = self._queue.popleft()
-            count, _, *flags, norm = self._values(first)
-            loss_sum = self._values(self._queue[0])[1]
-            asked = Request(0)
-            for member, flag in zip(self._members, flags, strict=True):
-                asked |= member if flag else Request(0)
+            count, loss_sum, *flags, norm = first.values.numbers()
+            requests = first.requests
+            if self._distributed:
+                loss_sum = self._queue[0].values.numbers()[1]
+                requests = self._requests_of(flags) if any(flags) else NOTHING
             loss = loss_sum / count if count else math.nan
-            yield Reading(first.step, first.position, first.learning_rate, loss, norm, asked)
+            yield Reading(first.step, first.position, first.learning_rate, loss, norm, requests)
 
     def flush(self) -> list[Reading]:
         """Readings of every step so far; collective, for the last step's loss takes a reduction of its own."""
         if not self._queue:
             return []
         last = self._queue[-1]
-        reduced = self.reduce(torch.zeros(()), Request(0))
-        self.push(last.step + 1, last.position, 0.0, reduced, self._loss_sum, torch.zeros((), device=self._device))
+        self.reduce(torch.zeros(()), NOTHING)
+        self.push(last.step + 1, last.position, 0.0, self._loss_sum, torch.zeros((), device=self._device))
         readings = list(self.pop(last.step))
         self._queue.clear()
         return readings
 
-    def _to_host(self, values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        if self._device.type != "cuda":
-            return values, None
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
-        return host, ready
-
-    @staticmethod
-    def _values(pending: _Pending) -> list[float]:
-        if pending.ready is not None:
-            pending.ready.synchronize()
-        return pending.values.tolist()
+    def _requests_of(self, flags: list[float]) -> Request:
+        asked = NOTHING
+        for member, flag in zip(self._members, flags, strict=True):
+            asked |= member if flag else NOTHING
+        return asked

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from dltrain.checkpoint.checkpointer import Checkpointer
@@ -17,9 +18,9 @@ from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.data.loader import Loader
 from dltrain.data.order import step_key
-from dltrain.errors import UserError
+from dltrain.errors import UserError, nearest
 from dltrain.evaluation import evaluate
-from dltrain.hooks.base import EVENTS, Hook, Request
+from dltrain.hooks.base import EVENTS, NOTHING, Hook, Request
 from dltrain.hooks.meter import Meter
 from dltrain.metrics.base import Metric
 from dltrain.optim.schedule import build_schedule
@@ -62,10 +63,11 @@ class Trainer:
         self.best: float | None = None
         self._elapsed, self._since = 0.0, time.monotonic()
         self.trained_samples, self.trained_seconds = 0, 0.0
-        self._requests = self._asked = Request(0)
-        self._readings = Readings(engine.device, len(Request))
+        self._requests = self._asked = NOTHING
+        self._readings = Readings(engine.device)
         self._meter = Meter()
         self._resolve_length()
+        self._check_metric()
 
     step: int
     """Optimizer steps done."""
@@ -106,18 +108,17 @@ class Trainer:
 
         gradient = d/dw (sum of weight x loss) / (sum of weight x count), both over all ranks and samples
         """
-        seed_all(step_key(self.config.run.seed, self.step, self._data_rank))
+        seed_all(step_key(self.config.run.seed, self.step, self._data_rank), self.engine.device)
         self._tell("step_start", batch)
         self._request_from_here()
-        count = (self.task.count(batch) * batch.weight).sum()
-        reduced = self._readings.reduce(count, self._requests)
-        self._requests = Request(0)
-        loss = self.engine.forward_backward(batch, reduced[0].float())
+        count = self._readings.reduce(torch.dot(self.task.count(batch), batch.weight), self._requests)
+        self._requests = NOTHING
+        loss = self.engine.forward_backward(batch, count)
         self._tell("gradients_ready")
         learning_rate = self._schedule.at(self.step)
         norm = self.engine.step(learning_rate, self.config.optim.max_norm)
         self.step += 1
-        self._readings.push(self.step, self.position, learning_rate, reduced, loss.sum, norm)
+        self._readings.push(self.step, self.position, learning_rate, loss.sum, norm)
         self._tell("step_end")
 
     def evaluate(self) -> Metric | None:
@@ -187,7 +188,7 @@ class Trainer:
         self._tell("fit_start")
         batches = iter(self.loader)
         if not self._finished() and dist.is_initialized():
-            seed_all(step_key(self.config.run.seed, self.step, self._data_rank))
+            seed_all(step_key(self.config.run.seed, self.step, self._data_rank), self.engine.device)
             self.engine.settle(self.loader.peek())
         self._since = time.monotonic()
         self._meter.restart()
@@ -206,7 +207,7 @@ class Trainer:
 
     def _read(self, up_to: int) -> Request:
         """Read the values of steps up to ``up_to``, log what is due, and return what the ranks have asked for."""
-        asked, self._asked = self._asked, Request(0)
+        asked, self._asked = self._asked, NOTHING
         for reading in self._readings.pop(up_to):
             asked |= reading.requests
             self._log(reading)
@@ -253,13 +254,17 @@ class Trainer:
         if Request.SAVE in asked or self.config.checkpoint.every.due(before, after, samples):
             self.save()
 
+    def _check_metric(self) -> None:
+        """Refuse, before the first step, a metric that no evaluation would bring."""
+        metric = self.config.evaluation.metric
+        if self.evaluation is not None:
+            names = list(self.task.metrics().compute())
+            if metric not in names:
+                raise UserError(f"evaluation.metric is {metric!r}, which is not scored; {nearest(metric, names)}")
+
     def _note_best(self) -> None:
         """Save and mark the checkpoint whose score is better than all before."""
         metric, better = self.config.evaluation.metric, max if self.config.evaluation.mode == "max" else min
-        if metric not in self.scores:
-            raise UserError(
-                f"evaluation.metric is {metric!r}, which is not scored; there are: {', '.join(self.scores)}"
-            )
         value = self.scores[metric]
         if self.best is not None and better(self.best, value) == self.best:
             return

@@ -48,7 +48,7 @@ def s3() -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture()
+@pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     """Run ``dltrain ...`` in a folder of the test's own."""
 

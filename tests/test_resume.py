@@ -55,7 +55,11 @@ def test_killed_at_three_steps_and_resumed_on_three_ranks_ends_with_the_same_bit
     assert resumed.status == 0, resumed.err
     assert_same_bits(whole, last_tensors(tmp_path / "runs" / "broken"))
     losses = [
-        [(r["step"], r["loss"]) for r in map(json.loads, (tmp_path / "runs" / name / "metrics.jsonl").open()) if "loss" in r]
+        [
+            (r["step"], r["loss"])
+            for r in map(json.loads, (tmp_path / "runs" / name / "metrics.jsonl").open())
+            if "loss" in r
+        ]
         for name in ("whole", "broken")
     ]
     assert losses[0] == losses[1]

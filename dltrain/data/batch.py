@@ -27,6 +27,8 @@ class Batch:
 
     def to(self, device: torch.device, channels_last: bool = False) -> Batch:
         """The same batch on ``device``; copies from pinned memory do not wait."""
+        if device.type == "cpu" and self.weight.device == device and not channels_last:
+            return self
         moved = {
             name: value.to(
                 device,

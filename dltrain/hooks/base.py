@@ -45,6 +45,10 @@ class Request(enum.Flag):
     """Evaluate."""
 
 
+NOTHING = Request(0)
+"""No request: the loop's most frequent value, made once."""
+
+
 class View(Protocol):
     """What a hook may read of the trainer."""
 

@@ -6,6 +6,7 @@ and the state of model and optimizer. It never looks at a value on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
@@ -20,10 +21,13 @@ from torch.utils._pytree import tree_map
 
 from dltrain.config import Config
 from dltrain.data.batch import Batch
+from dltrain.errors import UserError
 from dltrain.optim.optimizer import set_learning_rate, skip_if_nonfinite
 from dltrain.parallel.data import BufferSync
 from dltrain.parallel.gradients import clip, global_norm, gradients_of
 from dltrain.task import Loss, Task
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Engine(Protocol):
@@ -85,18 +89,23 @@ class PlainEngine:
         self._bf16 = config.precision.compute == "bf16"
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sync_buffers = BufferSync(model)
+        self._syncs = isinstance(wrapped, DistributedDataParallel | FSDPModule)
 
     def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
-        self._wrapped.train()
+        if not self._wrapped.training:
+            self._wrapped.train()
+        # DDP and FSDP2 average over data ranks; the sum is wanted, for `count` is the global one
+        scale = self._data_ranks / count
         pieces = list(batch.split(self._micro_batch))
-        total = torch.zeros((), device=self.device)
+        total: Tensor | None = None
         for place, piece in enumerate(pieces):
             piece = piece.to(self.device, self._channels_last)
             with self._synchronised(place == len(pieces) - 1):
-                losses = self._losses(piece)[1] * piece.weight
-                total += losses.detach().sum()
-                # DDP and FSDP2 average over data ranks; the sum is wanted, for `count` is the global one
-                (losses.sum() * (self._data_ranks / count)).backward()  # type: ignore[no-untyped-call]
+                loss = torch.dot(self._losses(piece)[1], piece.weight)
+                loss.backward(scale)  # type: ignore[no-untyped-call]
+            total = loss.detach() if total is None else total + loss.detach()
+        if total is None:
+            raise AssertionError("a batch has at least one sample")
         return Loss(total, count)
 
     def step(self, learning_rate: float, max_norm: float) -> Tensor:
@@ -105,8 +114,7 @@ class PlainEngine:
         if max_norm:
             clip(gradients, norm, max_norm)
         set_learning_rate(self.optimizer, learning_rate)
-        skip_if_nonfinite(self.optimizer, 1.0 - norm.isfinite().float())
-        self.optimizer.step()
+        self._update(norm)
         self.optimizer.zero_grad(set_to_none=True)
         self._sync_buffers()
         return norm
@@ -145,23 +153,43 @@ class PlainEngine:
             optim_state_dict=state["optimizer"],
         )
 
+    def _update(self, norm: Tensor) -> None:
+        """The optimizer's step, unless the norm is not finite."""
+        if norm.device.type == "cpu":  # the value is at hand: asking the optimizer to look takes 20 microseconds
+            if math.isfinite(norm.item()):
+                self.optimizer.step()
+            return
+        skip_if_nonfinite(self.optimizer, (norm - norm).ne_(0.0))  # NaN - NaN and inf - inf are not 0
+        self.optimizer.step()
+
     def _losses(self, batch: Batch, model: nn.Module | None = None) -> tuple[Any, Tensor]:
         model = self._wrapped if model is None else model
         if not self._bf16:
             outputs = model(*self._task.inputs(batch))
-            return outputs, self._task.loss(outputs, batch)
+            return outputs, self._per_sample(outputs, batch)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=not isinstance(model, FSDPModule)):
             outputs = model(*self._task.inputs(batch))
         outputs = tree_map(_to_float, outputs)
-        return outputs, self._task.loss(outputs, batch)
+        return outputs, self._per_sample(outputs, batch)
+
+    def _per_sample(self, outputs: Any, batch: Batch) -> Tensor:
+        losses = self._task.loss(outputs, batch)
+        if losses.shape != batch.weight.shape:
+            raise UserError(
+                f"{type(self._task).__name__}.loss() returned shape {tuple(losses.shape)} for {len(batch)} samples; "
+                "return one value per sample (reduction='none')"
+            )
+        return losses.float()
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are reduced in the last micro-batch alone."""
+        if not self._syncs:
+            return _NOTHING
         if isinstance(self._wrapped, DistributedDataParallel):
-            return nullcontext() if last else cast(AbstractContextManager[None], self._wrapped.no_sync())
+            return _NOTHING if last else cast(AbstractContextManager[None], self._wrapped.no_sync())
         if isinstance(self._wrapped, FSDPModule):
             self._wrapped.set_requires_gradient_sync(last)
-        return nullcontext()
+        return _NOTHING
 
 
 def _to_float(value: Any) -> Any:

@@ -25,8 +25,8 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     for gradient in gradients:
         key = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
         groups.setdefault(key, []).append(gradient)
-    squares = [_sum_of_squares(group) for group in groups.values()]
-    return torch.stack(squares).sum().sqrt() if len(squares) != 1 else squares[0].sqrt()
+    norms = [_group_norm(group) for group in groups.values()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
@@ -35,15 +35,17 @@ def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
 
 
-def _sum_of_squares(group: list[Tensor]) -> Tensor:
+def _group_norm(group: list[Tensor]) -> Tensor:
     norms = torch._foreach_norm([_local(gradient) for gradient in group], 2.0, dtype=torch.float32)
-    total = torch.linalg.vector_norm(torch.stack(norms)).square()
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     first = group[0]
-    if isinstance(first, DTensor):
-        for axis, placement in enumerate(first.placements):
-            if isinstance(placement, Shard):
-                dist.all_reduce(total, group=first.device_mesh.get_group(axis))
-    return total
+    if not isinstance(first, DTensor):
+        return norm
+    square = norm.square()
+    for axis, placement in enumerate(first.placements):
+        if isinstance(placement, Shard):
+            dist.all_reduce(square, group=first.device_mesh.get_group(axis))
+    return square.sqrt()
 
 
 def _local(tensor: Tensor) -> Tensor:

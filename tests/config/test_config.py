@@ -14,7 +14,12 @@ from dltrain.errors import UserError
 
 
 def test_the_record_loads_back_to_an_equal_config() -> None:
-    overrides = {"optim.betas": "0.8,0.95", "schedule.milestones": "[1ep, 30st]", "run.length": "0.1ep", "optim.eps": "1e-7"}
+    overrides = {
+        "optim.betas": "0.8,0.95",
+        "schedule.milestones": "[1ep, 30st]",
+        "run.length": "0.1ep",
+        "optim.eps": "1e-7",
+    }
     config = load_overrides(Config(), {**overrides, "schedule.name": "step", "precision.compile": "true"})
     assert config.optim.betas == (0.8, 0.95)
     assert config.run.length == Length(Fraction(1, 10), "ep")

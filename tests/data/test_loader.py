@@ -1,4 +1,4 @@
-"""The loader: the same batches whatever the workers, padding of weight 0, and a cursor that moves when a batch is used."""
+"""The loader: the same batches whatever the workers, padding of weight 0, a cursor that moves with the consumer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def number(sample: Sample, random: np.random.Generator | None) -> dict[str, np.n
     return {**decode_fields(sample), "noise": noise}
 
 
-@pytest.fixture()
+@pytest.fixture
 def url(tmp_path: Path) -> str:
     with ShardWriter(str(tmp_path / "data"), samples_per_shard=6) as writer:
         for place in range(22):
@@ -54,7 +54,9 @@ def test_ranks_share_out_the_batch_and_augment_alike(url: str) -> None:
     whole = take(loader(url), 3)
     parts = [take(loader(url, rank=rank, ranks=3), 3) for rank in range(3)]
     for step, batch in enumerate(whole):
-        expected = dict(zip(batch.position.tolist(), zip(batch.keys, batch.fields["noise"].tolist(), strict=True), strict=True))
+        expected = dict(
+            zip(batch.position.tolist(), zip(batch.keys, batch.fields["noise"].tolist(), strict=True), strict=True)
+        )
         found = {}
         for part in parts:
             mine = part[step]
@@ -71,7 +73,9 @@ def test_an_evaluation_epoch_counts_every_sample_once_in_equal_steps(url: str, r
     for rank in range(ranks):
         batches = list(loader(url, rank=rank, ranks=ranks, tail="pad", epochs=1, augment=False, shuffle=False))
         steps.add(len(batches))
-        keys += [key for batch in batches for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight]
+        keys += [
+            key for batch in batches for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight
+        ]
     assert steps == {3}  # ceil(22 / 8)
     assert sorted(keys) == sorted(f"k{place}" for place in range(22))
 
@@ -116,7 +120,11 @@ def test_fields_of_unequal_shape_name_both_samples(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("memory", [256, 0], ids=["whole shards", "ranges"])
 def test_windows_are_the_slices_of_their_series(tmp_path: Path, memory: int) -> None:
-    series = {"x": np.arange(20, dtype=np.float32), "short": np.zeros(3, np.float32), "y": np.arange(14.0).reshape(7, 2)}
+    series = {
+        "x": np.arange(20, dtype=np.float32),
+        "short": np.zeros(3, np.float32),
+        "y": np.arange(14.0).reshape(7, 2),
+    }
     import io
 
     with ShardWriter(str(tmp_path), samples_per_shard=2) as writer:

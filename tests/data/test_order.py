@@ -39,7 +39,13 @@ def test_permute_is_a_bijection(size: int, key: int) -> None:
     assert sorted(result.tolist()) == list(range(size))
 
 
-@given(sizes=shard_lists, seed=st.integers(0, 9), lanes=st.integers(1, 20), window=st.integers(1, 50), epoch=st.integers(0, 3))
+@given(
+    sizes=shard_lists,
+    seed=st.integers(0, 9),
+    lanes=st.integers(1, 20),
+    window=st.integers(1, 50),
+    epoch=st.integers(0, 3),
+)
 @settings(max_examples=80, deadline=None)
 def test_every_epoch_holds_every_sample_once(sizes: list[int], seed: int, lanes: int, window: int, epoch: int) -> None:
     order = Order(tuple(sizes), seed, lanes, window)

@@ -18,7 +18,9 @@ from dltrain.data.writer import ShardWriter
 from dltrain.errors import UserError
 from dltrain.testing.s3 import S3Server
 
-SAMPLES = {f"{number:03d}": {"bin": bytes([number]) * (50 * number + 1), "cls": str(number).encode()} for number in range(40)}
+SAMPLES = {
+    f"{number:03d}": {"bin": bytes([number]) * (50 * number + 1), "cls": str(number).encode()} for number in range(40)
+}
 
 
 def write(url: str, samples_per_shard: int = 15) -> None:
@@ -56,7 +58,10 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
     write(str(tmp_path), samples_per_shard=100)
-    found = {sample["__key__"]: sample for sample in webdataset.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False)}
+    found = {
+        sample["__key__"]: sample
+        for sample in webdataset.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False)
+    }
     assert {key: {"bin": s["bin"], "cls": s["cls"]} for key, s in found.items()} == SAMPLES
 
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from dltrain.config import Config, load_overrides
 from dltrain.data.batch import Batch
+from dltrain.hooks.base import Request
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.engine import PlainEngine
 from dltrain.parallel.plan import Plan
 from dltrain.readings import Readings
-from dltrain.hooks.base import Request
 from dltrain.runtime.environment import Environment
 from dltrain.task import Task
 from dltrain.testing.ranks import run_ranks
@@ -75,13 +75,13 @@ def engine_for(rank: int, ranks: int, overrides: dict[str, Any]) -> PlainEngine:
 def train(rank: int, ranks: int, overrides: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses and gradient norms of each step, and the weights at the end."""
     engine = engine_for(rank, ranks, overrides)
-    readings, losses, norms = Readings(engine.device, len(Request)), [], []
+    readings, losses, norms = Readings(engine.device), [], []
     for step in range(STEPS):
         batch = share_of(step, rank, ranks)
-        reduced = readings.reduce((engine._task.count(batch) * batch.weight).sum(), Request(0))
-        loss = engine.forward_backward(batch, reduced[0].float())
+        count = readings.reduce(torch.dot(engine._task.count(batch), batch.weight), Request(0))
+        loss = engine.forward_backward(batch, count)
         norm = engine.step(0.01, 0.5)
-        readings.push(step, 0, 0.01, reduced, loss.sum, norm)
+        readings.push(step, 0, 0.01, loss.sum, norm)
         losses += [reading.loss for reading in readings.flush()]
         norms.append(norm.item())
     weights = {name: value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -113,7 +113,9 @@ def bare_loop() -> list[float]:
     model = engine.model
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], lr=0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], lr=0.01
+    )
     losses = []
     for step in range(STEPS):
         batch = share_of(step, 0, 1)
@@ -173,7 +175,9 @@ def skipped_update(rank: int, ranks: int, overrides: dict[str, Any]) -> tuple[bo
     return same, norm.item()
 
 
-@pytest.mark.parametrize(("ranks", "overrides"), [(1, {}), (2, {}), (2, {"parallel.dp_shard": 2}), (1, {"optim.name": "sgd"})])
+@pytest.mark.parametrize(
+    ("ranks", "overrides"), [(1, {}), (2, {}), (2, {"parallel.dp_shard": 2}), (1, {"optim.name": "sgd"})]
+)
 def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(ranks: int, overrides: dict[str, Any]) -> None:
     for same, norm in run_ranks(skipped_update, ranks, ranks, overrides):
         assert same

@@ -94,7 +94,9 @@ def test_failures_are_one_sentence_within_seconds(
     )
     environment = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", **variables}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, url], env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", code, url], env=environment, capture_output=True, text=True, timeout=30
+    )
     assert message in done.stdout, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert time.monotonic() - began < 15

@@ -72,7 +72,7 @@ def _forget_torchvision() -> None:
 def _define_operators() -> None:
     if not _definitions:
         # FRAGMENT stands beside a definition of the same namespace by somebody else; a second DEF is refused
-        _definitions.append(torch.library.Library("torchvision", "FRAGMENT"))
+        _definitions.append(torch.library.Library("torchvision", "FRAGMENT"))  # type: ignore[no-untyped-call]
         for schema in _SCHEMAS:
             if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-                _definitions[0].define(schema)
+                _definitions[0].define(schema)  # type: ignore[no-untyped-call]

@@ -1,0 +1,116 @@
+"""The page that shows the stored results, made from them alone: ``python -m benchmarks report``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import Request
+from dltrain.errors import UserError
+
+HEAD = """# Results
+
+Made from the JSON files beside it by `python -m benchmarks report`; change nothing here. Each file holds the command,
+the settings, the versions and every round's raw seconds.
+"""
+
+THROUGHPUT = """
+## Throughput
+
+Training images per second, medians over interleaved rounds in one process. The ratio is ours / bare; in brackets the
+quartiles of the ratio by round.
+
+| model | batch | pixels | ours, images/s | bare PyTorch, images/s | ratio | hardware | torch | result |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+OVERHEAD = """
+## Trainer overhead
+
+Microseconds added to a step of a small model by the Trainer, median over interleaved rounds; in brackets the quartiles.
+
+| figure | added, µs per step | bare step, µs | hardware | torch | result |
+|---|---|---|---|---|---|
+"""
+
+FIGURES = {
+    "trainer": "Trainer, no hooks",
+    "records_hook": "with the hook that writes metrics.jsonl",
+    "clipping": "no hooks, clipping in both loops",
+}
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Write README.md into the folder of results; raises :class:`UserError` when there is no result."""
+    paths = sorted(request.output.glob("*.json"))
+    if not paths:
+        raise UserError(f"{request.output.name}/ holds no result; run a benchmark first")
+    page = request.output / "README.md"
+    page.write_text(render((path.name, _read(path)) for path in paths))
+    return {"benchmark": "report", "results": len(paths), "page": f"{request.output.name}/{page.name}"}
+
+
+def render(results: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    """The page, from the results by file name."""
+    rows: dict[str, list[str]] = {"throughput": [], "trainer_overhead": []}
+    for name, result in results:
+        if result["benchmark"] == "throughput":
+            rows["throughput"] += [_throughput(name, result, model) for model in result["models"]]
+        elif result["benchmark"] == "trainer_overhead":
+            rows["trainer_overhead"] += [_overhead(name, result, figure) for figure in result["figures"]]
+    heads = {"throughput": THROUGHPUT, "trainer_overhead": OVERHEAD}
+    return HEAD + "".join(heads[kind] + "".join(lines) for kind, lines in rows.items() if lines)
+
+
+def _throughput(name: str, result: dict[str, Any], model: str) -> str:
+    measured = result["models"][model]
+    by_round = measured["ratio_by_round"]
+    half = f"{by_round['lower_quartile']:.3f} to {by_round['upper_quartile']:.3f}"
+    return _row(
+        model,
+        measured["batch"],
+        measured["pixels"],
+        f"{measured['ours_images_per_second']:.1f}",
+        f"{measured['bare_images_per_second']:.1f}",
+        f"{measured['ratio']:.3f} ({half}){_busy(measured)}",
+        *_origin(name, result),
+    )
+
+
+def _overhead(name: str, result: dict[str, Any], figure: str) -> str:
+    measured = result["figures"][figure]
+    added, bare = measured["microseconds_added"], measured["bare_microseconds"]
+    return _row(
+        FIGURES.get(figure, figure),
+        f"{added['median']:.0f} ({added['lower_quartile']:.0f} to {added['upper_quartile']:.0f}){_busy(measured)}",
+        f"{bare['median']:.0f}",
+        *_origin(name, result),
+    )
+
+
+def _origin(name: str, result: dict[str, Any]) -> tuple[str, str, str]:
+    hardware = result["hardware"]
+    machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
+    return machine, result["versions"]["torch"], f"[{result['date'][:10]}{_quick(result)}]({name})"
+
+
+def _quick(result: dict[str, Any]) -> str:
+    return ", quick" if result["settings"]["quick"] else ""
+
+
+def _busy(measured: dict[str, Any]) -> str:
+    return "" if measured["steady"] else ", unsteady machine"
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path.name} is not a result: {error}; delete it or restore it") from None
+    return result

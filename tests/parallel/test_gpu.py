@@ -1,0 +1,56 @@
+"""What only a GPU can show: fused steps that skip themselves, bf16 with compile, the steps of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dltrain.config import Config, load_overrides
+from dltrain.hooks.base import NOTHING
+from dltrain.mesh import build_mesh
+from dltrain.parallel.apply import parallelize
+from dltrain.readings import Readings
+from dltrain.runtime.environment import Environment
+from dltrain.runtime.process_group import set_numerics
+from tests.parallel.test_engine import Regression, share_of
+
+pytestmark = pytest.mark.gpu
+
+
+def losses(device: str, poison: int = -1, **overrides: str) -> tuple[list[float], list[torch.Tensor]]:
+    settings = {"optim.max_norm": 0.5, **{key.replace("__", "."): value for key, value in overrides.items()}}
+    config, place = load_overrides(Config(), settings), torch.device(device)
+    set_numerics(config)
+    engine = parallelize(Regression(config), config, build_mesh(config.parallel, Environment(), place), place)
+    readings, found = Readings(place), []
+    for step in range(6):
+        batch = share_of(step, 0, 1)
+        if step == poison:
+            batch.fields["x"][0, 0] = float("nan")
+        count = readings.reduce(torch.dot(Regression(config).count(batch), batch.weight), NOTHING)
+        loss = engine.forward_backward(batch, count)
+        norm = engine.step(0.01, 0.5)
+        readings.push(step, 0, 0.01, loss.sum, norm)
+        found += [reading.loss for reading in readings.flush()]
+    return found, [weight.detach().cpu() for _, weight in engine.named_parameters()]
+
+
+def test_a_gpu_gives_the_losses_of_the_cpu() -> None:
+    assert losses("cuda")[0] == pytest.approx(losses("cpu")[0], abs=1e-4)
+
+
+def test_bf16_compiled_stays_near_fp32() -> None:
+    found = losses("cuda", precision__compute="bf16", precision__compile="true")[0]
+    assert found == pytest.approx(losses("cpu")[0], abs=5e-2)
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    found, weights = losses("cuda", poison=2)
+    assert sum(value != value for value in found) == 1
+    assert all(bool(weight.isfinite().all()) for weight in weights)
+
+
+def test_a_deterministic_run_repeats_its_bits() -> None:
+    one, other = (losses("cuda", run__deterministic="true") for _ in range(2))
+    assert one[0] == other[0]
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
