@@ -282,6 +282,8 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
     rate = trainer.trained_samples / max(trainer.trained_seconds, 1e-9)
     facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
     _record_end(job, run, status, scores=trainer.scores, **facts)
+    report = f"; report: {run.report / 'evaluation.html'}" if run.report.is_dir() else ""
+    say(job.environment, f"finished {trainer.step} steps in {seconds:.1f} s: {run.path}{report}")
     if job.environment.is_main:
         _show({**trainer.scores, **facts, "run": str(run.path)})
     return 0

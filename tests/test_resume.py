@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,3 +106,32 @@ def test_resuming_a_finished_run_trains_no_further(cli: Cli, tmp_path: Path) -> 
     assert (first.status, again.status) == (0, 0)
     assert again.result["step"] == 4
     assert again.result["accuracy"] == first.result["accuracy"]
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_whole_process_group_saves_and_stops(tmp_path: Path, number: str) -> None:
+    """What Ctrl-C on a terminal and a scheduler do: launcher, ranks and loader workers get it all at once."""
+    command = [sys.executable, "-m", "dltrain", "train", TINY, "--preset", "small", "--nproc", "2", "--run.name", "x"]
+    command += [
+        "--run.length",
+        "100000st",
+        "--data.workers",
+        "1",
+        "--evaluation.every",
+        "0st",
+        "--checkpoint.every",
+        "0st",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = tmp_path / "runs" / "x" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.Signals[number])
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, error
+    assert "Traceback" not in error
+    assert "stopped and saved at step" in error
+    assert len(committed(tmp_path / "runs" / "x" / "checkpoints")) == 1

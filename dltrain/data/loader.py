@@ -10,7 +10,10 @@ out batches in order. The cursor moves when a batch is handed out, never when on
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,9 +133,18 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         spans = self._spans(self.position)
-        batches: Any = map(self._fetch.__getitem__, self._spans(self.position))
-        if self._workers:
-            batches = DataLoader(
+        batches = (
+            self._batches_of_workers() if self._workers else map(self._fetch.__getitem__, self._spans(self.position))
+        )
+        for span, batch in zip(spans, batches, strict=False):
+            if isinstance(batch, _Failure):
+                raise UserError(batch.message)
+            self.position = span[1]
+            yield batch.pin_memory() if self._pin_memory and not self._workers else batch
+
+    def _batches_of_workers(self) -> Iterator[Batch | _Failure]:
+        with _children_deaf_to_sigterm():
+            loader: Any = DataLoader(
                 self._fetch,  # type: ignore[arg-type]
                 sampler=_Endless(self._spans, self.position),
                 batch_size=None,
@@ -140,12 +152,9 @@ class Loader:
                 prefetch_factor=self._prefetch,
                 multiprocessing_context=self._start_method,
                 pin_memory=self._pin_memory,
+                worker_init_fn=_leave_signals_to_the_rank,
             )
-        for span, batch in zip(spans, batches, strict=False):
-            if isinstance(batch, _Failure):
-                raise UserError(batch.message)
-            self.position = span[1]
-            yield batch
+            return iter(loader)
 
     def peek(self) -> Batch:
         """The batch at the current position, without moving."""
@@ -202,6 +211,25 @@ class _Endless:
 
     def __iter__(self) -> Iterator[Span]:
         return self._spans(self._position)
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process; the rank goes on for some steps and needs its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _children_deaf_to_sigterm() -> Iterator[None]:
+    """What starts in here ignores SIGTERM: also multiprocessing's server, at whose death workers would end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stack(name: str, arrays: list[dict[str, np.ndarray[Any, Any]]], samples: list[Sample]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dltrain.hooks.base import Hook, View
 
@@ -47,10 +47,9 @@ class RichProgress(Hook):
         columns = (
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=10),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
         )
         self._progress = Progress(*columns, console=console or Console(stderr=True))
         self._bar = self._progress.add_task("", total=None)
@@ -60,7 +59,7 @@ class RichProgress(Hook):
         self._progress.start()
 
     def logged(self, trainer: View, record: dict[str, Any]) -> None:
-        self._progress.update(self._bar, completed=record["step"], description=_numbers(record))
+        self._progress.update(self._bar, completed=record["step"], description=_short(record))
 
     def evaluation_end(self, trainer: View, record: dict[str, Any]) -> None:
         self._progress.console.print(f"evaluation at step {record['step']}: {_scores(record)}", highlight=False)
@@ -70,6 +69,10 @@ class RichProgress(Hook):
 
     def stop_requested(self, trainer: View, reason: str) -> None:
         self._progress.console.print(f"stopping at step {trainer.step} ({reason}); saving", highlight=False)
+
+    def fit_end(self, trainer: View) -> None:
+        self._progress.update(self._bar, completed=trainer.step)
+        self._progress.stop()
 
     def close(self) -> None:
         self._progress.stop()
@@ -85,6 +88,11 @@ def progress(kind: str) -> list[Hook]:
 
 def _total(trainer: View) -> str:
     return str(trainer.total_steps or "?")
+
+
+def _short(record: dict[str, Any]) -> str:
+    """What fits a line of 80 columns."""
+    return f"loss {record['loss']:.4g}  {record['samples_per_second']:,.0f}/s  waiting {record['data_wait']:.0%}"
 
 
 def _numbers(record: dict[str, Any]) -> str:

@@ -73,8 +73,9 @@ def forecasts(examples: Sequence[dict[str, Any]], path: Path) -> Path:
     for axis, example in zip(axes[:, 0], examples, strict=True):
         past, ahead = len(example["past"]), len(example["future"])
         axis.plot(range(-past, 0), example["past"], color="grey", linewidth=1)
-        for name, style in (("future", "k-"), ("forecast", "C0-"), ("naive", "C1--")):
-            axis.plot(range(ahead), example[name], style, linewidth=1.2, label=name)
+        lines = (("future", "k-", "truth"), ("forecast", "C0-", "forecast"), ("naive", "C1--", "seasonal naive"))
+        for name, style, label in lines:
+            axis.plot(range(ahead), example[name], style, linewidth=1.2, label=label)
         axis.set_title(f"{example['key']}: mean error {example['loss']:.3g}", fontsize=8)
     axes[0, 0].legend(fontsize=7, ncols=3)
     return _save(figure, path)

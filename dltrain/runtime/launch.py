@@ -33,8 +33,12 @@ def launch(command: Sequence[str], ranks: int, variables: Mapping[str, str] | No
     with tempfile.TemporaryDirectory(prefix="dltrain-") as folder:
         base = {**os.environ, **(variables or {}), FAILURES: folder}
         port = free_port()
-        processes = [subprocess.Popen(command, env=base | rank_variables(rank, ranks, port)) for rank in range(ranks)]
-        with _forwarded(processes):
+        # groups of their own: a terminal's Ctrl-C reaches the launcher alone, which hands it on once
+        processes = [
+            subprocess.Popen(command, env=base | rank_variables(rank, ranks, port), process_group=0)
+            for rank in range(ranks)
+        ]
+        with _Forwarded(processes):
             killed = _wait(processes)
         return _verdict(processes, killed, Path(folder))
 
@@ -69,23 +73,21 @@ def report_failure(rank: int, message: str, status: int) -> bool:
     return True
 
 
-class _forwarded:
-    """Hands SIGTERM and SIGINT on to the ranks while they run."""
+class _Forwarded:
+    """Hands signals on to the ranks while they run; a closed terminal's as SIGTERM."""
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self._processes = processes
         self._before: dict[int, signal._HANDLER] = {}
 
     def _send(self, number: int, frame: FrameType | None) -> None:
-        # a terminal's Ctrl-C reaches the ranks by itself, but a signal to the launcher alone does not
-        if number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
-            return
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._send) for number in (signal.SIGTERM, signal.SIGINT)}
+        caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._send) for number in caught}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

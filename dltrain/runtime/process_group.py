@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -42,6 +42,7 @@ def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
     torch.set_num_threads(config.run.threads or max(1, cores() // environment.local_world_size))
     set_numerics(config)
     if environment.world_size > 1:
+        _check_rendezvous(os.environ)
         dist.init_process_group(
             backend_for(device),
             timeout=timedelta(seconds=config.parallel.timeout),
@@ -52,6 +53,15 @@ def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _check_rendezvous(variables: Mapping[str, str]) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if variables.get(name, "0") == "0":
+            raise UserError(
+                f"WORLD_SIZE is {variables.get('WORLD_SIZE')} and {name} is {variables.get(name, 'not set')}: ranks "
+                "cannot find each other; start them with dltrain train --nproc N or torchrun (--standalone on one host)"
+            )
 
 
 def set_numerics(config: Config) -> None:

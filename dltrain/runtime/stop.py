@@ -7,9 +7,14 @@ them save the same step. A second Ctrl-C ends at once.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+ONE_PRESS = 1.0
+"""Seconds within which signals count as one: a launcher may hand on what the terminal has sent already."""
 
 
 class StopFlag:
@@ -17,12 +22,15 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.reason = ""
+        self._first = 0.0
 
     def __bool__(self) -> bool:
         return bool(self.reason)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.reason and number == signal.SIGINT:
+        if not self.reason:
+            self._first = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._first > ONE_PRESS:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
 

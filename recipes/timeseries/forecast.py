@@ -39,7 +39,7 @@ class ForecastConfig(Config):
 def co2() -> ForecastConfig:
     """Weekly CO2 at Mauna Loa, a year ahead; the last four years held out."""
     return ForecastConfig(
-        run=Run(length=Length.parse("30ep")),
+        run=Run(length=Length.parse("30ep"), threads=1),  # too small a model to share out
         data=Data(train="bundled://co2/train", evaluation="bundled://co2/heldout", global_batch_size=64),
         optim=Optim(learning_rate=1e-3, weight_decay=0.0),
         schedule=Schedule(warmup=Length.parse("1ep")),
