@@ -20,6 +20,10 @@ class UserError(ValueError):
     """The user's own mistake, told in one sentence."""
 
 
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C with nothing saved."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The end of a sentence that names the closest candidate, or lists all when none is close."""
     known = sorted(candidates)

@@ -29,7 +29,7 @@ from dltrain.data.loader import Loader
 from dltrain.data.order import Order
 from dltrain.data.reader import Dataset
 from dltrain.data.windows import open_dataset
-from dltrain.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from dltrain.evaluation import evaluate, write_report
 from dltrain.hooks.base import Hook
 from dltrain.hooks.progress import progress
@@ -39,7 +39,7 @@ from dltrain.parallel.apply import parallelize
 from dltrain.recipes import Declarations, describe_module
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
 from dltrain.runtime.environment import Environment
-from dltrain.runtime.launch import report_failure
+from dltrain.runtime.launch import report_failure, report_ready
 from dltrain.runtime.logs import say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
@@ -79,6 +79,7 @@ def train(job: Job) -> int:
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         try:
             with stop_flag() as stop:
+                report_ready(job.environment.rank)
                 trainer = Trainer(
                     job.config,
                     task,
@@ -313,7 +314,7 @@ def _guarded(body: Any, environment: Environment) -> int:
     except UserError as error:
         message, status = f"dltrain: error: {error}", EXIT_USER_ERROR
     except KeyboardInterrupt:
-        message, status = "dltrain: interrupted; the last saved checkpoint is whole", 130
+        message, status = "dltrain: interrupted; the last saved checkpoint is whole", EXIT_INTERRUPTED
     except Exception:  # noqa: BLE001 - shown whole, by the launcher or here
         message, status = f"dltrain: rank {environment.rank} failed:\n{traceback.format_exc()}", 1
     if not report_failure(environment.rank, message, status):

@@ -135,3 +135,13 @@ def test_a_signal_to_the_whole_process_group_saves_and_stops(tmp_path: Path, num
     assert "Traceback" not in error
     assert "stopped and saved at step" in error
     assert len(committed(tmp_path / "runs" / "x" / "checkpoints")) == 1
+
+
+def test_a_signal_before_training_ends_at_once_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dltrain", "train", TINY, "--preset", "small", "--nproc", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(0.8)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from dltrain import __version__
 from dltrain.config import Config
-from dltrain.errors import EXIT_USER_ERROR, UserError, nearest
+from dltrain.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, nearest
 
 COMMANDS = {
     "train": "train a recipe",
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dltrain: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 0
 

@@ -17,8 +17,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
-from dltrain.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
 from dltrain.runtime.environment import cores
 
 FAILURES = "DLTRAIN_FAILURES"
@@ -33,13 +34,16 @@ def launch(command: Sequence[str], ranks: int, variables: Mapping[str, str] | No
     with tempfile.TemporaryDirectory(prefix="dltrain-") as folder:
         base = {**os.environ, **(variables or {}), FAILURES: folder}
         port = free_port()
-        # groups of their own: a terminal's Ctrl-C reaches the launcher alone, which hands it on once
-        processes = [
-            subprocess.Popen(command, env=base | rank_variables(rank, ranks, port), process_group=0)
-            for rank in range(ranks)
-        ]
-        with _Forwarded(processes):
+        processes: list[subprocess.Popen[bytes]] = []
+        with _Forwarded(processes, Path(folder)) as forwarded:
+            for rank in range(ranks):
+                variables = base | rank_variables(rank, ranks, port)
+                # a group of its own: a terminal's Ctrl-C reaches the launcher alone, which hands it on once
+                processes.append(subprocess.Popen(command, env=variables, process_group=0))
             killed = _wait(processes)
+        if forwarded.cut_short:
+            print("dltrain: interrupted before training began", file=sys.stderr)
+            return EXIT_INTERRUPTED
         return _verdict(processes, killed, Path(folder))
 
 
@@ -73,21 +77,37 @@ def report_failure(rank: int, message: str, status: int) -> bool:
     return True
 
 
+def report_ready(rank: int) -> None:
+    """Tell the launcher that this rank listens to signals; before, it has nothing to save and is simply ended."""
+    folder = os.environ.get(FAILURES)
+    if folder is not None:
+        Path(folder, f"ready-{rank}").touch()
+
+
 class _Forwarded:
     """Hands signals on to the ranks while they run; a closed terminal's as SIGTERM."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
         self._processes = processes
+        self._folder = folder
+        self.cut_short = False
+        """Whether ranks were ended before they listened."""
         self._before: dict[int, signal._HANDLER] = {}
 
     def _send(self, number: int, frame: FrameType | None) -> None:
-        for process in self._processes:
-            if process.poll() is None:
+        for rank, process in enumerate(self._processes):
+            if process.poll() is not None:
+                continue
+            if (self._folder / f"ready-{rank}").exists():
                 process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            else:
+                process.kill()
+                self.cut_short = True
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._before = {number: signal.signal(number, self._send) for number in caught}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

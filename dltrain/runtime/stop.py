@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-
 ONE_PRESS = 1.0
 """Seconds within which signals count as one: a launcher may hand on what the terminal has sent already."""
 
