@@ -42,7 +42,7 @@ def launch(command: Sequence[str], ranks: int, variables: Mapping[str, str] | No
                 processes.append(subprocess.Popen(command, env=variables, process_group=0))
             killed = _wait(processes)
         if forwarded.cut_short:
-            print("dltrain: interrupted before training began", file=sys.stderr)
+            print("dltrain: interrupted before there was anything to save", file=sys.stderr)
             return EXIT_INTERRUPTED
         return _verdict(processes, killed, Path(folder))
 
