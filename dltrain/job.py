@@ -15,10 +15,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -36,10 +37,10 @@ from dltrain.hooks.progress import progress
 from dltrain.hooks.records import Records
 from dltrain.mesh import Mesh, build_mesh
 from dltrain.parallel.apply import parallelize
-from dltrain.recipes import Declarations, describe_module
+from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
 from dltrain.runtime.environment import Environment
-from dltrain.runtime.launch import report_failure, report_ready
+from dltrain.runtime.launch import RECIPE, report_failure, report_ready
 from dltrain.runtime.logs import say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
@@ -60,47 +61,42 @@ class Job:
 
 def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
     """Run a recipe file as a program. Exits 0, 2 after the user's mistake, 75 when stopped and resumable."""
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise TypeError(f"main() takes a class derived from Task, not {task!r}")
     environment = Environment.read()
     sys.exit(_guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment))
 
 
 def train(job: Job) -> int:
     """Train; returns the exit status. The last line on standard output is the result as one JSON object."""
-    with joined(job.config, job.environment) as device:
-        started = time.monotonic()
+    started = time.monotonic()
+    with joined(job.config, job.environment) as device, stop_flag() as stop:
+        report_ready(job.environment.rank)
         task = job.task(job.config)
         mesh = build_mesh(job.config.parallel, job.environment, device)
         data, held_out = _open_data(job.config, task)
-        loader = _train_loader(job.config, task, data, mesh, device.type == "cuda")
-        evaluation = _evaluation_loader(job.config, task, held_out, mesh) if held_out else None
-        run = _agree_on_run(job)
-        engine = parallelize(task, job.config, mesh, device)
-        hooks = _hooks(job, task, run)
+        run: RunFolder = _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset))
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
-        try:
-            with stop_flag() as stop:
-                report_ready(job.environment.rank)
-                trainer = Trainer(
-                    job.config,
-                    task,
-                    engine,
-                    loader,
-                    evaluation=evaluation,
-                    checkpointer=checkpointer,
-                    hooks=hooks,
-                    stop=stop,
-                    data_rank=mesh.data_rank,
-                )
-                _resume(job, trainer, checkpointer)
-                _record_start(job, run, data)
+        hooks = _hooks(job, task, run)
+        trainer = Trainer(
+            job.config,
+            task,
+            parallelize(task, job.config, mesh, device),
+            _train_loader(job.config, task, data, mesh, device.type == "cuda"),
+            evaluation=_evaluation_loader(job.config, task, held_out, mesh) if held_out else None,
+            checkpointer=checkpointer,
+            hooks=hooks,
+            stop=stop,
+            data_rank=mesh.data_rank,
+        )
+        _resume(job, trainer, checkpointer)
+        with _claimed(job, run, data):
+            try:
                 status = trainer.fit()
-            return _conclude(job, run, trainer, status, time.monotonic() - started, hooks)
-        except BaseException:
-            _record_end(job, run, "failed")
-            raise
-        finally:
-            for hook in hooks:
-                hook.close()
+                return _conclude(job, run, trainer, status, time.monotonic() - started, hooks)
+            finally:
+                for hook in hooks:
+                    hook.close()
 
 
 def evaluate_run(job: Job, run: RunFolder) -> int:
@@ -148,7 +144,7 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
 def _declared(task: type[Task]) -> Declarations:
     module = sys.modules[task.__module__]
     path = Path(inspect.getfile(task))
-    name = os.environ.get("DLTRAIN_RECIPE", str(path))
+    name = os.environ.get(RECIPE, recipe_name(str(path)))
     return describe_module(module, name, path, module.__doc__ or "")
 
 
@@ -185,11 +181,12 @@ def _train_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh, pin_
 
 
 def _evaluation_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh) -> Loader:
+    wanted = config.evaluation.batch_size or config.data.global_batch_size
     return Loader(
         dataset,
         Order(dataset.shard_sizes, config.run.seed, config.data.lanes, config.data.window, shuffle=False),
         task.sample,
-        global_batch_size=max(config.evaluation.batch_size or config.data.global_batch_size, mesh.data_ranks),
+        global_batch_size=max(min(wanted, sum(dataset.shard_sizes)), mesh.data_ranks),
         rank=mesh.data_rank,
         ranks=mesh.data_ranks,
         tail="pad",
@@ -197,27 +194,44 @@ def _evaluation_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh)
     )
 
 
-def _agree_on_run(job: Job) -> RunFolder:
-    """Rank 0 chooses and makes the folder; all use it, and all refuse if it cannot."""
-    chosen: list[Any] = [None]
+T = TypeVar("T")
+
+
+def _agreed(job: Job, decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank; its mistake is refused by all."""
+    decided: list[Any] = [None]
     if job.environment.is_main:
         try:
-            run = choose_run(job.config, job.recipe, job.preset)
-            run.path.mkdir(parents=True, exist_ok=True)
-            chosen = [run]
+            decided = [decide()]
         except UserError as error:
-            chosen = [error]
-        except OSError as error:
-            chosen = [UserError(f"cannot make the run's folder: {error.strerror} ({error.filename})")]
+            decided = [error]
     if dist.is_initialized():
-        dist.broadcast_object_list(chosen, src=0)
-    if isinstance(chosen[0], UserError):
-        raise chosen[0]
-    return chosen[0]
+        dist.broadcast_object_list(decided, src=0)
+    if isinstance(decided[0], UserError):
+        raise decided[0]
+    return cast(T, decided[0])
+
+
+@contextmanager
+def _claimed(job: Job, run: RunFolder, dataset: Dataset) -> Iterator[None]:
+    """The run's folder, made and held by rank 0, its record kept true; nothing is written before."""
+    held: list[IO[str]] = []
+    _agreed(job, lambda: held.append(run.claim()))
+    try:
+        _record_start(job, run, dataset)
+        yield
+    except BaseException:
+        _record_end(job, run, "failed")
+        raise
+    finally:
+        for file in held:
+            file.close()
 
 
 def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
     hooks = task.hooks()
+    if not isinstance(hooks, list) or not all(isinstance(hook, Hook) for hook in hooks):
+        raise UserError(f"{type(task).__name__}.hooks() must return a list of hooks, such as [MyHook()], not {hooks!r}")
     if not job.environment.is_main:
         return hooks
     hooks += [Records(run.metrics), *progress(job.config.logging.progress)]
@@ -261,6 +275,7 @@ def _record_start(job: Job, run: RunFolder, dataset: Dataset) -> None:
         record["created"] = run.read()["created"]
     run.update(**record)
     storage.write(str(run.config), to_yaml(job.config).encode())
+    storage.write(str(run.recipe), Path(inspect.getfile(job.task)).read_bytes())
     say(job.environment, f"run {run.path} on {job.environment.world_size} rank(s)")
 
 

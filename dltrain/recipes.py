@@ -1,7 +1,7 @@
 """Finding recipes and reading what they declare, without importing torch.
 
-A recipe is one Python file: config sections, presets, a task. Its *declarations* (imports, sections, presets) can be
-run by themselves, since none of them needs torch: so a misspelt setting is refused, and ``--help`` answers, at once.
+A recipe is one Python file: config sections, presets, a task. Its *declarations* (sections, presets and what they use)
+are run by themselves, for none of them needs torch: so a misspelt setting is refused, and ``--help`` answers, at once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dltrain.config import Config, from_yaml
-from dltrain.config.load import check_keys, load_overrides
-from dltrain.errors import UserError, nearest
+from pydantic import ValidationError
 
-_LIGHT = ("dltrain.config", "pydantic", "typing", "dataclasses", "fractions", "math", "enum", "__future__")
+from dltrain.config import Config, from_tree, from_yaml
+from dltrain.config.load import check_keys, explain, load_overrides
+from dltrain.errors import UserError, nearest
+from dltrain.run_folder import find_run
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,32 @@ class Declarations:
         return self.doc.strip().splitlines()[0] if self.doc.strip() else ""
 
     def configure(self, preset: str, overrides: dict[str, Any], file: Path | None = None) -> Config:
-        """The config of a preset (which may be empty) or of a YAML file, with overrides. Raises :class:`UserError`."""
+        """The config of a preset (which may be empty), of a YAML file, or of the run that ``run.resume`` names, with
+        overrides. Raises :class:`UserError`."""
         check_keys(self.config, [key.replace("__", ".") for key in overrides])
         if preset and preset not in self.presets:
             raise UserError(f"recipe {self.name} has no preset {preset!r}; {nearest(preset, self.presets)}")
+        return load_overrides(self._base(preset, overrides, file), overrides)
+
+    def _base(self, preset: str, overrides: dict[str, Any], file: Path | None) -> Config:
         if file is not None:
             if preset or not file.is_file():
-                reason = "both --preset and --config are given" if preset else f"there is no config file {file}"
+                reason = "--preset and --config are both given" if preset else f"there is no config file {file}"
                 raise UserError(f"{reason}; give one of them")
-            return load_overrides(from_yaml(self.config, file.read_text(), str(file)), overrides)
-        config = self.presets[preset]() if preset else self.config()
-        return load_overrides(config, overrides)
+            return from_yaml(self.config, read_text(file), str(file))
+        resumed = overrides.get("run.resume", "never")
+        if resumed not in ("never", "auto"):
+            run = find_run(resumed, overrides.get("run.folder", "runs"))
+            return from_tree(self.config, run.read()["config"], str(run.record))
+        try:
+            return self.presets[preset]() if preset else self.config()
+        except ValidationError as error:
+            raise UserError(f"preset {preset!r} of {self.path}: {explain(error)}") from None
+        except Exception as error:  # noqa: BLE001 - the user's own code may raise anything
+            raise UserError(f"preset {preset!r} of {self.path} does not run: {error}; {_ALLOWED_IN_PRESETS}") from None
+
+
+_ALLOWED_IN_PRESETS = "sections and presets may use what needs no torch: dltrain.config, pydantic, the standard library"
 
 
 def shipped_folder() -> Path:
@@ -75,6 +91,11 @@ def find(name: str) -> Path:
     return shipped_folder() / f"{name}.py"
 
 
+def recipe_name(name: str) -> str:
+    """By what a run remembers its recipe: the name of a shipped one, the whole path of the user's own."""
+    return str(Path(name).resolve()) if name.endswith(".py") else name
+
+
 def copy(name: str, target: Path) -> Path:
     """Copy a recipe for the user to own. Raises :class:`UserError` when there is such a file already."""
     if target.is_dir():
@@ -89,18 +110,26 @@ def copy(name: str, target: Path) -> Path:
 def declarations(name: str) -> Declarations:
     """Run a recipe's declarations alone."""
     path = find(name)
-    source = path.read_text()
+    source = read_text(path)
     try:
         tree = ast.parse(source, str(path))
     except SyntaxError as error:
         raise UserError(f"recipe {path} has a syntax error in line {error.lineno}: {error.msg}") from None
+    if not any(isinstance(node, ast.Call) and _last_name(node.func) == "main" for node in ast.walk(tree)):
+        raise UserError(f"recipe {path} never calls main(YourTask), so running it would do nothing; see docs/guide.md")
     module = ModuleType("dltrain_declarations")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where pydantic looks up annotations written as strings
-    sections: set[str] = {"Config", "Section"}
-    kept = [node for node in tree.body if _is_declaration(node, sections)]
-    _execute(kept, module, path)
+    _execute(_declared_nodes(tree), module, path)
     return describe_module(module, name, path, ast.get_docstring(tree) or "")
+
+
+def read_text(path: Path) -> str:
+    """A text file of the user's. Raises :class:`UserError` when it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"cannot read {path} as text: {error}") from None
 
 
 def describe_module(module: ModuleType, name: str, path: Path, doc: str) -> Declarations:
@@ -115,12 +144,22 @@ def describe_module(module: ModuleType, name: str, path: Path, doc: str) -> Decl
     return Declarations(name, path, own[-1] if own else Config, presets, doc)
 
 
+def _declared_nodes(tree: ast.Module) -> list[ast.stmt]:
+    """Sections and presets, and whatever else at the top of the file they use."""
+    sections: set[str] = {"Config", "Section"}
+    kept = [node for node in tree.body if _is_declaration(node, sections)]
+    while True:
+        used = {inner.id for node in kept for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+        more = [node for node in tree.body if node not in kept and _defines(node) & used]
+        if not more:
+            return [node for node in tree.body if node in kept and not _is_unused_import(node, used)]
+        kept += more
+
+
 def _is_declaration(node: ast.stmt, sections: set[str]) -> bool:
-    """Light imports, classes derived from a section, and functions marked as presets."""
+    """A class derived from a section, or a function marked as a preset."""
     if isinstance(node, ast.ImportFrom):
-        return node.module is not None and (node.module == "dltrain" or node.module.startswith(_LIGHT))
-    if isinstance(node, ast.Import):
-        return all(alias.name.startswith(_LIGHT) for alias in node.names)
+        return node.module == "__future__"
     if isinstance(node, ast.ClassDef) and {_last_name(base) for base in node.bases} & sections:
         sections.add(node.name)
         return True
@@ -129,25 +168,34 @@ def _is_declaration(node: ast.stmt, sections: set[str]) -> bool:
     return False
 
 
+def _defines(node: ast.stmt) -> set[str]:
+    """Names that a statement at the top of a file brings in."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {inner.id for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Name)}
+
+
+def _is_unused_import(node: ast.stmt, used: set[str]) -> bool:
+    """Drops the names nobody uses from an import (torch comes in by them); tells whether any is left."""
+    if not isinstance(node, ast.Import | ast.ImportFrom) or getattr(node, "module", "") == "__future__":
+        return False
+    node.names = [alias for alias in node.names if (alias.asname or alias.name).partition(".")[0] in used]
+    return not node.names
+
+
 def _last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def _execute(nodes: list[ast.stmt], module: ModuleType, path: Path) -> None:
-    """Run the nodes in ``module``. From ``dltrain`` itself only what the declarations use is imported."""
-    used = {node.id for top in nodes for node in ast.walk(top) if isinstance(node, ast.Name)}
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module == "dltrain":
-            node.names = [alias for alias in node.names if (alias.asname or alias.name) in used] or node.names[:0]
-    body = [node for node in nodes if not isinstance(node, ast.ImportFrom) or node.names]
-    code = compile(ast.Module(body, type_ignores=[]), str(path), "exec", dont_inherit=True)
+    code = compile(ast.Module(nodes, type_ignores=[]), str(path), "exec", dont_inherit=True)
     try:
         exec(code, vars(module))
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - the user's own code may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the sections and presets of recipe {path} do not run by themselves: {reason}; they may use "
-            "dltrain.config, pydantic and the standard library's typing, math and enum alone"
-        ) from None
+        raise UserError(f"recipe {path}: {reason}; {_ALLOWED_IN_PRESETS}") from None

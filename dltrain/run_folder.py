@@ -1,25 +1,28 @@
 """A run on disk: its folder, ``run.json``, and which runs there are. Imports no torch.
 
-runs/<name>/run.json  config.yaml  metrics.jsonl  tensorboard/  checkpoints/  report/
+runs/<name>/run.json  config.yaml  recipe.py  metrics.jsonl  tensorboard/  checkpoints/  report/
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dltrain import storage
 from dltrain.config import Config
 from dltrain.errors import UserError, nearest
 
 RECORD = "run.json"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,52 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report"
 
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.py"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a fresh run may take this name: nothing is there, or a run that failed before it saved anything."""
+        if not self.record.is_file():
+            return not self.path.exists() or not any(self.path.iterdir())
+        return self.read()["status"] == "failed" and not any(self.checkpoints.glob("step-*"))
+
     def read(self) -> dict[str, Any]:
         """``run.json``. Raises :class:`UserError` when this is no run."""
         if not self.record.is_file():
             raise UserError(f"{self.path} is not a run: it has no {RECORD}")
-        return dict(json.loads(self.record.read_text()))
+        try:
+            return dict(json.loads(self.record.read_text()))
+        except ValueError as error:
+            raise UserError(f"{self.record} is damaged: {error}") from None
+
+    def claim(self) -> IO[str]:
+        """Make the folder and hold it until the returned file is closed or this process ends, however it does.
+
+        Raises :class:`UserError` when another process holds it or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK).open("w")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"the run {self.path} is being trained by another process; wait, or stop it") from None
+        except OSError as error:
+            raise UserError(f"cannot make the run's folder {self.path}: {error.strerror}") from None
+        return file
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process on this host is training it now."""
+        if not (self.path / LOCK).is_file():
+            return False
+        with (self.path / LOCK).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def update(self, **changes: Any) -> None:
         """Replace fields of ``run.json`` at once."""
@@ -69,7 +113,7 @@ class RunFolder:
 
 
 def choose_run(config: Config, recipe: str, preset: str) -> RunFolder:
-    """The folder this run is to use: a fresh one, or with ``run.resume`` the one to go on with.
+    """The folder this run is to use: a fresh one, or with ``run.resume`` the one to go on with. Makes nothing.
 
     Raises :class:`UserError` when a fresh run would overwrite one, or there is nothing to resume.
     """
@@ -80,8 +124,10 @@ def choose_run(config: Config, recipe: str, preset: str) -> RunFolder:
     if run.resume not in ("never", "auto"):
         return _named(run.resume, folder)
     if run.name:
+        if run.name.startswith(".") or set(run.name) & set("/\\\0"):
+            raise UserError(f"run.name is {run.name!r}: it names one folder, without / or \\ or a leading dot")
         chosen = RunFolder(folder / run.name)
-        if run.resume == "never" and chosen.path.exists():
+        if run.resume == "never" and not chosen.is_free:
             raise UserError(f"the run {chosen.path} exists; choose another run.name, or go on with: --run.resume auto")
         return chosen
     if run.resume == "auto":
@@ -94,8 +140,14 @@ def choose_run(config: Config, recipe: str, preset: str) -> RunFolder:
 
 def all_runs(folder: Path) -> list[RunFolder]:
     """Every run below ``folder``, oldest first."""
-    found = [RunFolder(path.parent) for path in folder.glob(f"*/{RECORD}")]
-    return sorted(found, key=lambda run: (run.read().get("created", 0), run.name))
+    created: list[tuple[float, str, RunFolder]] = []
+    for path in folder.glob(f"*/{RECORD}"):
+        run = RunFolder(path.parent)
+        try:
+            created.append((run.read().get("created", 0), run.name, run))
+        except UserError as error:
+            print(f"warning: passing over {run.path}: {error}", file=sys.stderr)
+    return [run for _, _, run in sorted(created, key=lambda entry: entry[:2])]
 
 
 def find_run(name: str, folder: str = "runs") -> RunFolder:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dltrain.data.batch import Batch
 from dltrain.data.decode import decode_fields
 from dltrain.data.sample import Sample
+from dltrain.errors import UserError
 
 if TYPE_CHECKING:
     from dltrain.config import Config
@@ -61,15 +62,15 @@ class Task:
 
     def model(self) -> nn.Module:
         """The model on the CPU with its initial weights; called under the run's seed on every rank."""
-        raise NotImplementedError(f"{type(self).__name__} must return its model from model()")
+        raise UserError(f"{type(self).__name__} must return its model from model()")
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         """Positional arguments of the model's forward."""
-        raise NotImplementedError(f"{type(self).__name__} must return the model's arguments from inputs()")
+        raise UserError(f"{type(self).__name__} must return the model's arguments from inputs()")
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """One value per sample [n], float32: the sum over what :meth:`count` counts, without weights."""
-        raise NotImplementedError(f"{type(self).__name__} must return one loss per sample from loss()")
+        raise UserError(f"{type(self).__name__} must return one loss per sample from loss()")
 
     def count(self, batch: Batch) -> Tensor:
         """What each sample counts, float [n], known before the forward pass: 1, or its number of targets."""
@@ -81,7 +82,7 @@ class Task:
 
     def metrics(self) -> Metric:
         """A fresh metric for one evaluation."""
-        raise NotImplementedError(f"{type(self).__name__} must return a metric from metrics()")
+        raise UserError(f"{type(self).__name__} must return a metric from metrics()")
 
     def hooks(self) -> list[Hook]:
         """Hooks of the recipe's own, made on every rank."""

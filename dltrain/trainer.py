@@ -294,6 +294,8 @@ class Trainer:
         for hook in self._listeners[event]:
             request = getattr(hook, event)(self, *details)
             if request is not None:
+                if not isinstance(request, Request):
+                    raise UserError(f"{type(hook).__name__}.{event}() returned {request!r}; return a Request or None")
                 self._requests |= request
 
 

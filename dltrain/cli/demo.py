@@ -32,8 +32,8 @@ def run(arguments: Sequence[str]) -> int:
         print("running: dltrain " + " ".join(command[3:]), flush=True)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         output = process.communicate()[0]
-    if process.returncode:
-        return process.returncode
+    if process.returncode or not output.strip():
+        return process.returncode or 1
     result = json.loads(output.splitlines()[-1])
     _table(result, time.monotonic() - started)
     return 0

@@ -36,4 +36,5 @@ def _row(run: RunFolder) -> tuple[str, ...]:
     step = str(lines[-1]["step"]) if lines else "0"
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["created"]))
     recipe = f"{record['recipe']} {record['preset']}".strip()
-    return (run.name, recipe, record["status"], step, started, ", ".join(shown[:3]))
+    status = "died" if record["status"] == "running" and not run.is_held else record["status"]
+    return (run.name, recipe, status, step, started, ", ".join(shown[:3]))

@@ -51,6 +51,11 @@ def _verify(manifest: Manifest) -> None:
     for shard in range(len(manifest.shards)):
         reader.index(shard)
         reader.read_part(shard, 0, 1)
+        info = manifest.shards[shard]
+        for name, expected in ((info.name, info.bytes), (info.index, info.index_bytes)):
+            found = storage.size(storage.join(manifest.url, name))
+            if found != expected:
+                raise UserError(f"{storage.join(manifest.url, name)} has {found} bytes, its manifest says {expected}")
     print(f"{len(manifest.shards)} shards of {manifest.url} are whole: {manifest.samples} samples")
 
 

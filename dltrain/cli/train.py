@@ -10,9 +10,9 @@ from dltrain.cli.main import Parser
 from dltrain.config import Config, split_arguments
 from dltrain.config.describe import describe
 from dltrain.errors import UserError
-from dltrain.recipes import declarations, find
+from dltrain.recipes import declarations, find, recipe_name
 from dltrain.run_folder import choose_run
-from dltrain.runtime.launch import launch
+from dltrain.runtime.launch import RECIPE, launch
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -31,12 +31,12 @@ def run(arguments: Sequence[str]) -> int:
     if known.nproc < 1:
         raise UserError(f"--nproc is {known.nproc}; give 1 or more")
     config = declarations(known.recipe).configure(known.preset, overrides, known.config)
-    choose_run(config, known.recipe, known.preset)
+    choose_run(config, recipe_name(known.recipe), known.preset)
     command = [sys.executable, str(find(known.recipe)), "train"]
     command += ["--preset", known.preset] if known.preset else []
     command += ["--config", str(known.config)] if known.config else []
     command += [f"--{name}={value}" for name, value in overrides.items()]
-    return launch(command, known.nproc, {"DLTRAIN_RECIPE": known.recipe})
+    return launch(command, known.nproc, {RECIPE: recipe_name(known.recipe)})
 
 
 def _help(recipe: str | None, preset: str) -> str:

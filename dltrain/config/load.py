@@ -7,6 +7,7 @@ a hyperparameter (``optim__learning_rate``). Each mistake is one sentence that n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -48,10 +49,14 @@ def check_keys(kind: type[Section], names: Sequence[str]) -> None:
     """Refuse the first dotted name that is no leaf of ``kind``, naming the nearest one."""
     known = leaves(kind)
     for name in names:
+        if name in kind.model_fields and name not in known:
+            raise UserError(f"{name!r} is a section, not a setting; give settings as {name}.NAME")
         if name not in known:
             section, _, _ = name.partition(".")
-            candidates = [leaf for leaf in known if leaf.startswith(section + ".")] or list(known)
-            raise UserError(f"there is no setting {name!r}; {nearest(name, candidates)}")
+            candidates = [leaf for leaf in known if leaf.startswith(section + ".")]
+            if not candidates and not get_close_matches(name, known):
+                raise UserError(f"there is no section {section!r} for {name!r}; {nearest(section, kind.model_fields)}")
+            raise UserError(f"there is no setting {name!r}; {nearest(name, candidates or list(known))}")
 
 
 def leaves(kind: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
@@ -78,7 +83,7 @@ def load_overrides(config: C, overrides: Mapping[str, Any]) -> C:
         inner = changes
         for part in path:
             inner = inner.setdefault(part, {})
-        inner[last] = _parse(value, known[name])
+        inner[last] = _parse(name, value, known[name])
     return _validated(kind, _merged(_plain(config), changes), "")
 
 
@@ -108,12 +113,16 @@ def _validated(kind: type[C], tree: Mapping[str, Any], source: str) -> C:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        where = f" (in {source})" if source else ""
-        found = f"--{name} is {first['input']!r}: " if name else ""
-        raise UserError(f"{found}{reason[0].lower()}{reason[1:]}{where}") from None
+        raise UserError(explain(error) + (f" (in {source})" if source else "")) from None
+
+
+def explain(error: ValidationError) -> str:
+    """pydantic's first complaint as the end of a sentence that names the setting."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ")
+    found = "" if not name else f"--{name}: " if first["type"] == "missing" else f"--{name} is {first['input']!r}: "
+    return f"{found}{reason[0].lower()}{reason[1:]}"
 
 
 def _plain(config: Section) -> dict[str, Any]:
@@ -139,10 +148,13 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     return names
 
 
-def _parse(value: Any, field: FieldInfo) -> Any:
+def _parse(name: str, value: Any, field: FieldInfo) -> Any:
     """Text for a list or a mapping is read as YAML; all other text is left to the field's own type."""
     if isinstance(value, str) and _is_collection(field.annotation):
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--{name} is {value!r}, which is no list; write [a, b] or a,b") from None
         return [part.strip() for part in value.split(",")] if isinstance(parsed, str) else parsed
     return value
 

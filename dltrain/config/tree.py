@@ -25,7 +25,7 @@ class Section(BaseModel):
     """A frozen, documented part of the tree; unknown keys are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, arbitrary_types_allowed=True
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
     def replace(self, **changes: Any) -> Self:

@@ -54,8 +54,11 @@ def cache_folder() -> Path:
 
 def _build_once(name: str, target: Path) -> None:
     """Build beside the target and rename: of ranks that come at once, one wins and the others use its work."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
+    except OSError as error:
+        raise UserError(f"cannot write to {target.parent} ({error.strerror}); set DLTRAIN_CACHE to a folder") from None
     try:
         build(name, str(temporary))
         temporary.rename(target)

@@ -155,9 +155,14 @@ class ShardReader:
         if google_crc32c.value(bytes(data)) != info.index_crc32c:
             raise UserError(f"index {url} is damaged or not the one its manifest describes; index the data set anew")
         try:
-            return ShardIndex.from_bytes(data)
+            index = ShardIndex.from_bytes(data)
         except (KeyError, ValueError) as error:
             raise UserError(f"{url} is not an index of a shard ({error}); index the data set anew") from None
+        if len(index) != info.samples:
+            raise UserError(
+                f"{url} has {len(index)} samples where the manifest says {info.samples}; index the data set anew"
+            )
+        return index
 
 
 class ShardDataset:

@@ -18,7 +18,7 @@ import google_crc32c
 
 from dltrain import storage
 from dltrain.data.index import scan
-from dltrain.data.manifest import Manifest, ShardInfo
+from dltrain.data.manifest import NAME, Manifest, ShardInfo
 from dltrain.errors import UserError
 
 
@@ -33,6 +33,12 @@ class ShardWriter:
         bytes_per_shard: int = 256 << 20,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
+        if samples_per_shard < 1 or bytes_per_shard < 1:
+            raise UserError(
+                f"a shard of {samples_per_shard} samples and {bytes_per_shard} bytes holds nothing; give more"
+            )
+        if storage.exists(storage.join(url, NAME)):
+            raise UserError(f"there is a data set at {url}; write to another URL, or remove it first")
         self._url = url
         self._limits = (samples_per_shard, bytes_per_shard)
         self._facts = dict(facts or {})
@@ -42,9 +48,7 @@ class ShardWriter:
 
     def write(self, key: str, fields: Mapping[str, bytes]) -> None:
         """Add one sample. ``fields`` are bytes by extension. Raises :class:`UserError` for a key used before."""
-        if key in self._seen or not fields or "." in key.rpartition("/")[2]:
-            reason = "is already written" if key in self._seen else "has no fields" if not fields else "contains a dot"
-            raise UserError(f"sample {key!r} {reason}; each sample needs a key of its own, without dots, and fields")
+        self._check(key, fields)
         self._seen.add(key)
         for extension, data in fields.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
@@ -55,6 +59,22 @@ class ShardWriter:
         if self._samples >= self._limits[0] or self._buffer.tell() >= self._limits[1]:
             self._close_shard()
             self._open_tar()
+
+    def _check(self, key: str, fields: Mapping[str, bytes]) -> None:
+        if not isinstance(key, str) or not key or "." in key or key.startswith("/"):
+            raise UserError(
+                f"sample key {key!r} is no name; a key is text without dots that does not begin with a slash"
+            )
+        if key in self._seen:
+            raise UserError(f"sample {key!r} is already written; each sample needs a key of its own")
+        if not fields or not all(isinstance(data, bytes) for data in fields.values()):
+            raise UserError(
+                f"sample {key!r} has fields {fields!r:.60}; give bytes by extension, such as {{'cls': b'3'}}"
+            )
+        if any(len(f"{key}.{extension}".encode()) > 100 for extension in fields):
+            raise UserError(
+                f"sample key {key[:40]!r}... is longer than a tar's 100 bytes with its extension; shorten it"
+            )
 
     def close(self) -> Manifest:
         """Write what is left and the manifest."""

@@ -11,11 +11,13 @@ the same step. Values of a step reach hooks in ``logged``, a few steps late, so 
 from __future__ import annotations
 
 import enum
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
 from dltrain.config import Config
 from dltrain.data.batch import Batch
+from dltrain.errors import UserError
 from dltrain.parallel.engine import Engine
 
 EVENTS = (
@@ -66,6 +68,13 @@ class View(Protocol):
 
 class Hook:
     """Override any of the events. With ``state_dict`` the hook is saved and resumed under its class name."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        for name in vars(cls):
+            close = get_close_matches(name, EVENTS, n=1, cutoff=0.8)
+            if close and name not in EVENTS and callable(getattr(cls, name)):
+                raise UserError(f"hook {cls.__name__} has a method {name!r}, which no event calls; is it {close[0]!r}?")
 
     def fit_start(self, trainer: View) -> Request | None:
         """Before the first step, after a resume."""

@@ -51,11 +51,13 @@ class RichProgress(Hook):
             TextColumn("{task.description}"),
             TimeRemainingColumn(compact=True),
         )
-        self._progress = Progress(*columns, console=console or Console(stderr=True))
+        self._progress = Progress(*columns, console=console or Console(stderr=True), redirect_stdout=False)
         self._bar = self._progress.add_task("", total=None)
 
     def fit_start(self, trainer: View) -> None:
         self._progress.update(self._bar, total=trainer.total_steps or None, completed=trainer.step)
+        if trainer.step:
+            self._progress.console.print(f"resumed at step {trainer.step} of {_total(trainer)}", highlight=False)
         self._progress.start()
 
     def logged(self, trainer: View, record: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dltrain.hooks.base import Hook, View
 from dltrain.run_folder import read_lines
@@ -16,12 +16,11 @@ class Records(Hook):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+        self._file: IO[str] | None = None
 
     def fit_start(self, trainer: View) -> None:
         kept = [line for line in read_lines(self._path) if line.get("step", 0) <= trainer.step]
-        self._file.close()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", buffering=1)
 
@@ -32,7 +31,9 @@ class Records(Hook):
         self._write("evaluation", record)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **record}) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **record}) + "\n")

@@ -37,6 +37,8 @@ def build_schedule(schedule: Schedule, peak: float, total: int, samples: int, gl
     """Turn lengths into steps for a run of ``total`` steps. Raises :class:`UserError` when the warm-up is longer."""
     warmup = schedule.warmup.steps(samples, global_batch_size)
     if total and warmup > total:
-        raise UserError(f"schedule.warmup {schedule.warmup} is {warmup} steps, longer than the run's {total}")
+        raise UserError(
+            f"schedule.warmup {schedule.warmup} is {warmup} steps, longer than the run's {total}; shorten it too"
+        )
     milestones = tuple(length.steps(samples, global_batch_size) for length in schedule.milestones)
     return LearningRate(peak, schedule.name, total, warmup, schedule.final, milestones, schedule.gamma)

@@ -6,6 +6,7 @@ that fails writes what happened to a file; the launcher shows the first failure 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +25,11 @@ from dltrain.runtime.environment import cores
 
 FAILURES = "DLTRAIN_FAILURES"
 """Variable that names the folder for failure files."""
+
+RECIPE = "DLTRAIN_RECIPE"
+"""Variable that says by what name the recipe was started."""
+
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 GRACE_SECONDS = 5.0
 """How long the other ranks have to end after one failed, before they are killed."""
@@ -80,8 +86,11 @@ def report_failure(rank: int, message: str, status: int) -> bool:
 def report_ready(rank: int) -> None:
     """Tell the launcher that this rank listens to signals; before, it has nothing to save and is simply ended."""
     folder = os.environ.get(FAILURES)
-    if folder is not None:
-        Path(folder, f"ready-{rank}").touch()
+    if folder is None:
+        return
+    if sys.platform == "linux":  # should the launcher be killed, its ranks are told to save and stop
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    Path(folder, f"ready-{rank}").touch()
 
 
 class _Forwarded:

@@ -47,7 +47,10 @@ def test_lengths_survive_their_text(value: Fraction, unit: str) -> None:
         ({"schedule.warmup": "1h"}, r"schedule\.warmup is 1h"),
         ({"logging.every": "1h"}, r"logging\.every is 1h"),
         ({"data.tail": "wrap"}, "'carry', 'drop' or 'pad'"),
-        ({"run": "x"}, "no setting 'run'"),
+        ({"run": "x"}, "'run' is a section, not a setting"),
+        ({"optim.learning_rate": "inf"}, "finite"),
+        ({"optim.betas": "[0.9"}, "is no list"),
+        ({"modle.x": "1"}, "no section 'modle' .*did you mean 'model'"),
     ],
 )
 def test_mistakes_are_one_sentence_that_names_the_key(overrides: dict[str, str], message: str) -> None:
