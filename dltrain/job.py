@@ -24,11 +24,11 @@ from typing import IO, Any, TypeVar, cast
 import torch.distributed as dist
 
 from dltrain import storage
-from dltrain.checkpoint.checkpointer import Checkpointer, best_checkpoint
+from dltrain.checkpoint.checkpointer import Checkpointer, read_state, step_folder
 from dltrain.config import Config, from_tree, load_overrides, split_arguments, to_yaml
 from dltrain.data.loader import Loader
 from dltrain.data.order import Order
-from dltrain.data.reader import Dataset
+from dltrain.data.reader import Dataset, Reach
 from dltrain.data.windows import open_dataset
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from dltrain.evaluation import evaluate, write_report
@@ -64,7 +64,12 @@ def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise TypeError(f"main() takes a class derived from Task, not {task!r}")
     environment = Environment.read()
-    sys.exit(_guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment))
+    status = _guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment)
+    if dist.is_initialized():  # after an error: an orderly end could wait for peers inside a collective
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def train(job: Job) -> int:
@@ -73,8 +78,8 @@ def train(job: Job) -> int:
     with joined(job.config, job.environment) as device, stop_flag() as stop:
         report_ready(job.environment.rank)
         task = job.task(job.config)
-        mesh = build_mesh(job.config.parallel, job.environment, device)
-        data, held_out = _open_data(job.config, task)
+        mesh, on_gpu = build_mesh(job.config.parallel, job.environment, device), device.type == "cuda"
+        data, held_out = _open_data(job.config, task, mesh.data_ranks)
         run: RunFolder = _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset))
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         hooks = _hooks(job, task, run)
@@ -82,8 +87,10 @@ def train(job: Job) -> int:
             job.config,
             task,
             parallelize(task, job.config, mesh, device),
-            _train_loader(job.config, task, data, mesh, device.type == "cuda"),
-            evaluation=_evaluation_loader(job.config, task, held_out, mesh) if held_out else None,
+            _train_loader(job.config, task, data, mesh, on_gpu),
+            evaluation=_evaluation_loader(job.config, task, held_out, mesh, device.type == "cuda")
+            if held_out
+            else None,
             checkpointer=checkpointer,
             hooks=hooks,
             stop=stop,
@@ -106,14 +113,15 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
         mesh = build_mesh(job.config.parallel, job.environment, device)
         if not job.config.data.evaluation:
             raise UserError("data.evaluation is empty: name the held-out shards with --data.evaluation URL")
-        held_out = _open(job.config, task, job.config.data.evaluation)
+        held_out = _open(job.config, task, job.config.data.evaluation, mesh.data_ranks)
+        task.facts = run.read()["facts"]  # the training data's, as when it was trained
         engine = parallelize(task, job.config, mesh, device)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
-        path = best_checkpoint(run.checkpoints) or checkpointer.latest()
+        path = checkpointer.best() or checkpointer.latest()
         if path is None:
             raise UserError(f"the run {run.path} has no checkpoint to evaluate")
         state = checkpointer.load(path, engine)
-        metric = evaluate(engine, task, _evaluation_loader(job.config, task, held_out, mesh))
+        metric = evaluate(engine, task, _evaluation_loader(job.config, task, held_out, mesh, device.type == "cuda"))
         facts = _report_facts(run, state["step"], path, job.config)
         target = write_report(metric, run.report, facts, job.environment)
         if job.environment.is_main:
@@ -148,18 +156,18 @@ def _declared(task: type[Task]) -> Declarations:
     return describe_module(module, name, path, module.__doc__ or "")
 
 
-def _open_data(config: Config, task: Task) -> tuple[Dataset, Dataset | None]:
+def _open_data(config: Config, task: Task, ranks: int) -> tuple[Dataset, Dataset | None]:
     """Training and held-out samples; what the training data say of themselves is what the task knows."""
     if not config.data.train:
         raise UserError("data.train is empty: name the training shards with --data.train URL, or take a --preset")
-    held_out = _open(config, task, config.data.evaluation) if config.data.evaluation else None
-    return _open(config, task, config.data.train), held_out
+    data = _open(config, task, config.data.train, ranks)
+    task.facts = data.facts
+    return data, _open(config, task, config.data.evaluation, ranks) if config.data.evaluation else None
 
 
-def _open(config: Config, task: Task, url: str) -> Dataset:
-    dataset = open_dataset(url, config.data.memory, task.window())
-    task.facts = dataset.facts
-    return dataset
+def _open(config: Config, task: Task, url: str, ranks: int) -> Dataset:
+    reach = Reach(config.data.lanes, config.data.window, ranks)
+    return open_dataset(url, config.data.memory, task.window(), reach)
 
 
 def _train_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh, pin_memory: bool) -> Loader:
@@ -180,7 +188,7 @@ def _train_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh, pin_
     )
 
 
-def _evaluation_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh) -> Loader:
+def _evaluation_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh, pin_memory: bool) -> Loader:
     wanted = config.evaluation.batch_size or config.data.global_batch_size
     return Loader(
         dataset,
@@ -191,6 +199,10 @@ def _evaluation_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh)
         ranks=mesh.data_ranks,
         tail="pad",
         epochs=1,
+        workers=config.evaluation.workers,
+        prefetch=config.data.prefetch,
+        start_method=config.data.start_method,
+        pin_memory=pin_memory,
     )
 
 
@@ -248,9 +260,9 @@ def _resume(job: Job, trainer: Trainer, checkpointer: Checkpointer) -> None:
     path = checkpointer.latest()
     if path is None:
         return
-    state = json.loads((path / "state.json").read_text())
+    state = read_state(path)
     trainer.load_state_dict(state)  # before the tensors: a changed data set is told at once
-    checkpointer.load(path, trainer.engine)
+    checkpointer.resume_from(path, trainer.engine)
     for name, before, now in _changes(state["config"], job.config.model_dump(mode="json")):
         if not name.startswith("run."):
             warn(job.environment, f"{name} was {before} and is {now} since the resume")
@@ -270,7 +282,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
 def _record_start(job: Job, run: RunFolder, dataset: Dataset) -> None:
     if not job.environment.is_main:
         return
-    record = first_record(job.config, job.recipe, job.preset, job.environment.world_size, dataset.fingerprint)
+    record = first_record(job.config, job.recipe, job.preset, job.environment.world_size, dataset)
     if run.record.is_file():
         record["created"] = run.read()["created"]
     run.update(**record)
@@ -291,7 +303,7 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
         say(job.environment, f"stopped and saved at step {trainer.step}; go on with: --run.resume {run.path}")
         return EXIT_STOPPED
     if trainer.last_metric is not None and job.config.evaluation.report:
-        path = trainer.checkpointer.folder / f"step-{trainer.step:08d}" if trainer.checkpointer else None
+        path = step_folder(run.checkpoints, trainer.step)
         facts = _report_facts(run, trainer.step, path, job.config)
         write_report(trainer.last_metric, run.report, facts, job.environment)
         _show_pictures(run, trainer.step, hooks)

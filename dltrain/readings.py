@@ -21,9 +21,10 @@ from dltrain.hooks.base import NOTHING, Request
 
 @dataclass(slots=True)
 class Reading:
-    """What is known of a step once it was read; equal on every rank."""
+    """What is known of a step once it was read; equal on every rank. Positions are those before and after the step."""
 
     step: int
+    previous: int
     position: int
     learning_rate: float
     loss: float
@@ -64,7 +65,7 @@ class _OnTheWay:
 @dataclass(slots=True)
 class _Pending:
     step: int
-    position: int
+    positions: tuple[int, int]
     learning_rate: float
     requests: Request
     values: _OnTheWay  # one rank: count, loss sum, norm; several: count, loss sum of the step before, requests, norm
@@ -94,11 +95,11 @@ class Readings:
         self._reduced = vector
         return vector[0].float()
 
-    def push(self, step: int, position: int, learning_rate: float, loss_sum: Tensor, norm: Tensor) -> None:
+    def push(self, step: int, positions: tuple[int, int], learning_rate: float, loss_sum: Tensor, norm: Tensor) -> None:
         """Queue the values of the step whose count was reduced last."""
         self._loss_sum = loss_sum
         values = [self._reduced, norm] if self._distributed else [self._reduced, loss_sum, norm]
-        self._queue.append(_Pending(step, position, learning_rate, self._requests, _OnTheWay(values, self._device)))
+        self._queue.append(_Pending(step, positions, learning_rate, self._requests, _OnTheWay(values, self._device)))
 
     def pop(self, up_to: int) -> Iterator[Reading]:
         """Readings of the steps up to ``up_to``; one needs its successor in the queue, which may carry its loss."""
@@ -110,7 +111,7 @@ class Readings:
                 loss_sum = self._queue[0].values.numbers()[1]
                 requests = self._requests_of(flags) if any(flags) else NOTHING
             loss = loss_sum / count if count else math.nan
-            yield Reading(first.step, first.position, first.learning_rate, loss, norm, requests)
+            yield Reading(first.step, *first.positions, first.learning_rate, loss, norm, requests)
 
     def flush(self) -> list[Reading]:
         """Readings of every step so far; collective, for the last step's loss takes a reduction of its own."""
@@ -118,7 +119,7 @@ class Readings:
             return []
         last = self._queue[-1]
         self.reduce(torch.zeros(()), NOTHING)
-        self.push(last.step + 1, last.position, 0.0, self._loss_sum, torch.zeros((), device=self._device))
+        self.push(last.step + 1, last.positions, 0.0, self._loss_sum, torch.zeros((), device=self._device))
         readings = list(self.pop(last.step))
         self._queue.clear()
         return readings

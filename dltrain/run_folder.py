@@ -15,11 +15,14 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from dltrain import storage
 from dltrain.config import Config
 from dltrain.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from dltrain.data.reader import Dataset
 
 RECORD = "run.json"
 LOCK = ".lock"
@@ -155,7 +158,7 @@ def find_run(name: str, folder: str = "runs") -> RunFolder:
     return _named(name, Path(folder).expanduser())
 
 
-def first_record(config: Config, recipe: str, preset: str, world_size: int, fingerprint: str) -> dict[str, Any]:
+def first_record(config: Config, recipe: str, preset: str, world_size: int, dataset: Dataset) -> dict[str, Any]:
     """What ``run.json`` says when a run starts: config, versions, source, hardware, data."""
     return {
         "recipe": recipe,
@@ -163,7 +166,8 @@ def first_record(config: Config, recipe: str, preset: str, world_size: int, fing
         "status": "running",
         "created": round(time.time(), 3),
         "config": config.model_dump(mode="json"),
-        "dataset_fingerprint": fingerprint,
+        "dataset_fingerprint": dataset.fingerprint,
+        "facts": dataset.facts,
         "world_size": world_size,
         "versions": {name: _version(name) for name in ("dltrain", "torch", "torchvision", "numpy")},
         "python": platform.python_version(),

@@ -7,14 +7,14 @@ reduction carries the global count, the last step's loss and the ranks' requests
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from dltrain.checkpoint.checkpointer import Checkpointer
-from dltrain.config import Config
+from dltrain.config import Config, Length
 from dltrain.data.batch import Batch
 from dltrain.data.loader import Loader
 from dltrain.data.order import step_key
@@ -60,12 +60,16 @@ class Trainer:
         self._stop = StopFlag() if stop is None else stop
         self._data_rank = data_rank
         self.step, self.scores, self.status = 0, {}, "new"
-        self.best: float | None = None
+        self.best: dict[str, Any] | None = None
+        self._evaluation_left = False
+        self._timed = _timed_requests(config)
+        self._passed: dict[Request, int] = {}
         self._elapsed, self._since = 0.0, time.monotonic()
         self.trained_samples, self.trained_seconds = 0, 0.0
         self._requests = self._asked = NOTHING
         self._readings = Readings(engine.device)
         self._meter = Meter()
+        self._position = loader.position
         self._resolve_length()
         self._check_metric()
 
@@ -86,21 +90,21 @@ class Trainer:
     def fit(self) -> str:
         """Train to the end of the run, or until asked to stop. Returns ``finished`` or ``stopped``."""
         self.status = "running"
-        batches = self._begin()
-        while not self._finished():
-            before = (self.step, self.position)
-            started = time.perf_counter()
-            batch = next(batches)
-            self._meter.add(time.perf_counter() - started, self.position - before[1])
-            self.train_step(batch)
-            self.trained_seconds += time.perf_counter() - started
-            self.trained_samples += self.position - before[1]
-            asked = self._read(self.step - LAG)
-            if Request.STOP in asked:
-                return self._interrupt()
-            if Request.FINISH in asked:
-                break
-            self._periodic(before, asked)
+        with closing(self._begin()) as batches:
+            while not self._finished():
+                before = (self.step, self.position)
+                started = time.perf_counter()
+                batch = next(batches)
+                self._meter.add(time.perf_counter() - started, self.position - before[1])
+                self.train_step(batch)
+                self.trained_seconds += time.perf_counter() - started
+                self.trained_samples += self.position - before[1]
+                asked = self._read(self.step - LAG) | self._due(before)
+                if Request.STOP in asked:
+                    return self._interrupt(asked)
+                if Request.FINISH in asked:
+                    break
+                self._periodic(asked)
         return self._finish()
 
     def train_step(self, batch: Batch) -> None:
@@ -109,16 +113,17 @@ class Trainer:
         gradient = d/dw (sum of weight x loss) / (sum of weight x count), both over all ranks and samples
         """
         seed_all(step_key(self.config.run.seed, self.step, self._data_rank), self.engine.device)
+        previous, self._position = self._position, self.position
         self._tell("step_start", batch)
         self._request_from_here()
-        count = self._readings.reduce(torch.dot(self.task.count(batch), batch.weight), self._requests)
+        count = self._readings.reduce(_count(self.task, batch), self._requests)
         self._requests = NOTHING
         loss = self.engine.forward_backward(batch, count)
         self._tell("gradients_ready")
         learning_rate = self._schedule.at(self.step)
         norm = self.engine.step(learning_rate, self.config.optim.max_norm)
         self.step += 1
-        self._readings.push(self.step, self.position, learning_rate, loss.sum, norm)
+        self._readings.push(self.step, (previous, self.position), learning_rate, loss.sum, norm)
         self._tell("step_end")
 
     def evaluate(self) -> Metric | None:
@@ -128,7 +133,7 @@ class Trainer:
         self._drain()
         self._tell("evaluation_start")
         metric = evaluate(self.engine, self.task, self.evaluation)
-        self.scores = metric.compute()
+        self.scores, self._evaluation_left = metric.compute(), False
         record = {"step": self.step, "epoch": self.epoch, **{f"evaluation/{k}": v for k, v in self.scores.items()}}
         self._tell("evaluation_end", record)
         self._note_best()
@@ -152,6 +157,7 @@ class Trainer:
             "random": {"seed": self.config.run.seed, "step": self.step},
             "schedule": {"total_steps": self.total_steps, "learning_rate": self._schedule.at(self.step)},
             "best": self.best,
+            "evaluation_left": self._evaluation_left,
             "elapsed_seconds": self._elapsed + time.monotonic() - self._since,
             "hooks": {type(h).__name__: h.state_dict() for h in self.hooks if hasattr(h, "state_dict")},
             "config": self.config.model_dump(mode="json"),
@@ -160,50 +166,64 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state. Raises :class:`UserError` when data or their order differ from the saved ones."""
         self.loader.load_state_dict(state["cursor"])
+        self._position = self.position
         self.step = int(state["step"])
         self.best, self._elapsed = state["best"], float(state["elapsed_seconds"])
+        self._evaluation_left = state["evaluation_left"]
+        self._passed = {request: int(self._elapsed / interval.seconds) for request, interval in self._timed}
+        if self.best is not None and self.checkpointer is not None:
+            self.checkpointer.mark_best(**self.best)  # the run may have ended between the save and the mark
         for hook in self.hooks:
             if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:
                 hook.load_state_dict(state["hooks"][type(hook).__name__])
         self._resolve_length()
 
     def _resolve_length(self) -> None:
-        """Steps of the whole run: those done, and those the rest of its length takes."""
-        length, config = self.config.run.length, self.config
-        samples, batch = self.loader.samples, self.loader.global_batch_size
+        """Steps of the whole run: those done, and those the rest of its length takes; 0 where only the clock knows."""
+        length, samples = self.config.run.length, self.loader.samples
         if length.unit == "ep":
-            end = int(length.value * samples)
-            left = -(-(end - self.position) // batch) if self.loader.tail == "carry" else self._epoch_steps(end)
-            self.total_steps = self.step + max(0, left)
+            self.total_steps = self.step + self.loader.steps_to(int(length.value * samples))
         else:
-            self.total_steps = 0 if length.unit == "h" else length.steps(samples, batch)
-        self._schedule = build_schedule(config.schedule, config.optim.learning_rate, self.total_steps, samples, batch)
+            self.total_steps = 0 if length.unit == "h" else int(length.value)
+        peak = self.config.optim.learning_rate
+        self._schedule = build_schedule(self.config.schedule, peak, self.total_steps, self._steps_of)
 
-    def _epoch_steps(self, end: int) -> int:
-        whole, rest = divmod(end - self.position, self.loader.samples)
-        return whole * self.loader.steps + -(-rest // self.loader.global_batch_size)
+    def _steps_of(self, length: Length) -> int:
+        """Steps of a length in steps or epochs, counted from the start of the run."""
+        if length.unit == "st":
+            return int(length.value)
+        return self.loader.steps_to(int(length.value * self.loader.samples), start=0)
 
-    def _begin(self) -> Iterator[Batch]:
-        """Hooks start, and the engine does what only first steps do on the batch that comes next, without a trace."""
+    def _begin(self) -> Generator[Batch, None, None]:
+        """Hooks start, what a stop had left undone is done, and the engine does what only first steps do."""
         self._tell("fit_start")
+        if self._evaluation_left:
+            self.evaluate()
         batches = iter(self.loader)
-        if not self._finished() and dist.is_initialized():
+        if not self._finished():
             seed_all(step_key(self.config.run.seed, self.step, self._data_rank), self.engine.device)
-            self.engine.settle(self.loader.peek())
+            self.engine.settle(self.loader.peek)
         self._since = time.monotonic()
         self._meter.restart()
         return batches
 
     def _finished(self) -> bool:
-        return 0 < self.total_steps <= self.step
+        if self.config.run.length.unit == "h":
+            return self._elapsed >= self.config.run.length.seconds
+        return self.total_steps <= self.step
 
     def _request_from_here(self) -> None:
         """This rank's wishes: a signal's, and on rank 0 the clock's."""
         if self._stop:
             self._requests |= Request.STOP
-        length = self.config.run.length
-        if length.unit == "h" and self._elapsed + time.monotonic() - self._since > float(length.value) * 3600:
-            self._requests |= Request.FINISH
+        if not self._timed or self._data_rank:
+            return
+        elapsed = self._elapsed + time.monotonic() - self._since
+        for request, interval in self._timed:
+            passed = int(elapsed / interval.seconds)
+            if passed > self._passed.get(request, 0):
+                self._passed[request] = passed
+                self._requests |= request
 
     def _read(self, up_to: int) -> Request:
         """Read the values of steps up to ``up_to``, log what is due, and return what the ranks have asked for."""
@@ -222,7 +242,7 @@ class Trainer:
     def _log(self, reading: Reading) -> None:
         self._refuse_nonfinite(reading)
         position, samples = reading.position, self.loader.samples
-        before = (reading.step - 1, position - self.loader.global_batch_size)
+        before = (reading.step - 1, reading.previous)
         if not self.config.logging.every.due(before, (reading.step, position), samples) and reading.step != 1:
             return
         record = {
@@ -244,14 +264,22 @@ class Trainer:
             "data, or let such steps pass with run.nonfinite skip"
         )
 
-    def _periodic(self, before: tuple[int, int], asked: Request) -> None:
-        """Evaluate and save when due, the evaluation first: it decides which checkpoint is best."""
-        after, samples = (self.step, self.position), self.loader.samples
+    def _due(self, before: tuple[int, int]) -> Request:
+        """What falls due with this step, as if it were asked for."""
+        after, samples, due = (self.step, self.position), self.loader.samples, NOTHING
+        if self.config.evaluation.every.due(before, after, samples):
+            due |= Request.EVALUATE
+        if self.config.checkpoint.every.due(before, after, samples):
+            due |= Request.SAVE
+        return due
+
+    def _periodic(self, asked: Request) -> None:
+        """Evaluate and save, the evaluation first: it decides which checkpoint is best."""
         if self._finished():
             return
-        if Request.EVALUATE in asked or self.config.evaluation.every.due(before, after, samples):
+        if Request.EVALUATE in asked:
             self.evaluate()
-        if Request.SAVE in asked or self.config.checkpoint.every.due(before, after, samples):
+        if Request.SAVE in asked:
             self.save()
 
     def _check_metric(self) -> None:
@@ -266,14 +294,16 @@ class Trainer:
         """Save and mark the checkpoint whose score is better than all before."""
         metric, better = self.config.evaluation.metric, max if self.config.evaluation.mode == "max" else min
         value = self.scores[metric]
-        if self.best is not None and better(self.best, value) == self.best:
+        if self.best is not None and better(self.best["value"], value) == self.best["value"]:
             return
-        self.best = value
+        self.best = {"step": self.step, "metric": metric, "value": value}
         if self.checkpointer is not None:
             self.save()
-            self.checkpointer.mark_best(self.step, metric, value)
+            self.checkpointer.mark_best(**self.best)
 
-    def _interrupt(self) -> str:
+    def _interrupt(self, asked: Request) -> str:
+        """Save at once; an evaluation that is due is done when the run goes on."""
+        self._evaluation_left = Request.EVALUATE in asked
         self._drain()
         self._tell("stop_requested", self._stop.reason or "another rank or a hook")
         self.save()
@@ -297,6 +327,20 @@ class Trainer:
                 if not isinstance(request, Request):
                     raise UserError(f"{type(hook).__name__}.{event}() returned {request!r}; return a Request or None")
                 self._requests |= request
+
+
+def _count(task: Task, batch: Batch) -> torch.Tensor:
+    return torch.dot(task.count(batch).to(batch.weight.dtype), batch.weight)
+
+
+def _timed_requests(config: Config) -> list[tuple[Request, Length]]:
+    """What the clock asks for: intervals in hours."""
+    wanted = (
+        (Request.FINISH, config.run.length),
+        (Request.SAVE, config.checkpoint.every),
+        (Request.EVALUATE, config.evaluation.every),
+    )
+    return [(request, length) for request, length in wanted if length.unit == "h" and length]
 
 
 def _overrides(hook: Hook, event: str) -> bool:

@@ -145,3 +145,47 @@ def test_a_signal_before_training_ends_at_once_without_a_traceback(tmp_path: Pat
     error = process.communicate(timeout=20)[1]
     assert process.returncode == 130, error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+def test_a_run_with_a_ragged_tail_resumes_exactly(cli: Cli, tmp_path: Path, tail: str) -> None:
+    settings = ["train", TINY, "--preset", "small", "--run.length", "1.5ep", "--data.tail", tail]
+    assert cli(*settings, "--run.name", "whole").status == 0
+    again = [*settings, "--run.name", "broken", "--run.resume", "auto"]
+    assert cli(*again, TINY_DIE="13:SIGTERM").status == 75  # acted on in the second epoch
+    resumed = cli(*again)
+    assert resumed.status == 0, resumed.err
+    assert_same_bits(last_tensors(tmp_path / "runs" / "whole"), last_tensors(tmp_path / "runs" / "broken"))
+
+
+def test_a_stop_at_an_evaluation_leaves_it_to_the_resumed_run(cli: Cli, tmp_path: Path) -> None:
+    settings = ["train", TINY, "--preset", "small", "--run.resume", "auto", "--run.name"]
+    assert cli(*settings, "whole").status == 0
+    assert cli(*settings, "broken", TINY_DIE="5:SIGTERM").status == 75  # acted on at step 8, where one is due
+    assert cli(*settings, "broken").status == 0
+    scores = [
+        [
+            (r["step"], r["evaluation/loss"])
+            for r in map(json.loads, (tmp_path / "runs" / n / "metrics.jsonl").open())
+            if r["kind"] == "evaluation"
+        ]
+        for n in ("whole", "broken")
+    ]
+    assert [step for step, _ in scores[0]] == [8, 16]
+    assert scores[0] == scores[1]
+
+
+def test_ranks_save_and_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dltrain", "train", TINY, "--preset", "small", "--nproc", "2", "--run.name", "x"]
+    command += ["--run.length", "100000st", "--evaluation.every", "0st", "--checkpoint.every", "0st"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    run, deadline = tmp_path / "runs" / "x", time.monotonic() + 60
+    while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") > 5):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while json.loads((run / "run.json").read_text())["status"] != "stopped":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(committed(run / "checkpoints")) == 1

@@ -152,6 +152,13 @@ def test_records_are_complete_without_evaluation(url: str) -> None:
     assert [d[1]["step"] for name, d in log.events if name == "logged"] == [1, 2, 3, 4, 5]
 
 
+def test_intervals_in_hours_are_kept(url: str) -> None:
+    log = Log()
+    settings = {"run__length": "0.0006h", "schedule__name": "constant", "evaluation__every": "0.0002h"}
+    trainer(url, log, **settings).fit()  # 2.16 s with evaluations every 0.72 s, and one at the end
+    assert 3 <= sum(name == "evaluation_end" for name, _ in log.events) <= 4
+
+
 class Poison(Hook):
     """Makes a weight's gradient not a number in one step."""
 

@@ -33,13 +33,20 @@ class Checkpointer:
         self.folder = folder
         self._keep = keep
         self._environment = environment
+        self._whole: int | None = None  # the step that lies there as this process has it
+        self._checked: Path | None = None
+        self._seen_by_all = environment.world_size == 1
 
     def save(self, step: int, engine: Engine, state: dict[str, Any]) -> Path:
-        """Save and commit; collective. ``state`` is JSON, equal on every rank. Saving a step twice is a no-op."""
-        path = self.folder / f"step-{step:08d}"
-        if (path / COMMITTED).is_file():
+        """Save and commit; collective. ``state`` is JSON, equal on every rank.
+
+        A step this process has saved or resumed from is not saved again; whatever else lies under its name is replaced.
+        """
+        path = step_folder(self.folder, step)
+        if step == self._whole:
             return path
         if self._environment.is_main:
+            (path / COMMITTED).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
         _barrier()
@@ -47,31 +54,48 @@ class Checkpointer:
         sums = _checksums(path, [file.name for file in path.glob(f"__{self._environment.rank}_*")])
         files = {name: entry for part in _gather(sums) for name, entry in part.items()}
         if self._environment.is_main:
-            storage.write(str(path / STATE), json.dumps(state, indent=1).encode())
+            storage.write(str(path / STATE), _as_json(state).encode())
             files |= _checksums(path, [STATE, ".metadata"])
             storage.write(str(path / COMMITTED), json.dumps({"step": step, "files": files}, indent=1).encode())
             self._prune()
         _barrier()
+        self._refuse_unshared(path)
+        self._whole = step
         return path
 
     def load(self, path: Path, engine: Engine) -> dict[str, Any]:
         """Give the engine its tensors and return the rest of the state; collective. Raises :class:`UserError`."""
-        damage = [found for found in _gather(self._damage(path)) if found]
-        if damage:
-            raise UserError(f"the checkpoint {path} is damaged: {damage[0]}; resume from another one")
+        if path != self._checked:
+            self._refuse_damaged(path)
         state = engine.state_dict()
         load_tensors(path, state)
         engine.load_state_dict(state)
-        return dict(json.loads((path / STATE).read_text()))
+        return read_state(path)
+
+    def resume_from(self, path: Path, engine: Engine) -> None:
+        """Load, and go on from there: later checkpoints, damaged ones among them, are dropped; collective."""
+        self.load(path, engine)
+        self._whole = int(json.loads((path / COMMITTED).read_text())["step"])
+        if self._environment.is_main:
+            for later in committed(self.folder):
+                if later.name > path.name:
+                    self._drop(later)
+        _barrier()
 
     def latest(self) -> Path | None:
         """The last committed checkpoint whose files are whole; collective. Damaged ones are passed over, aloud."""
-        for path in reversed(committed(self.folder)):
+        for path in _from_main(committed(self.folder)[::-1]):
             damage = [found for found in _gather(self._damage(path)) if found]
             if not damage:
+                self._checked = path
                 return path
             warn(self._environment, f"passing over {path}: {damage[0]}")
         return None
+
+    def best(self) -> Path | None:
+        """The checkpoint marked best, as rank 0 sees it; collective."""
+        found: Path | None = _from_main(best_checkpoint(self.folder))
+        return found
 
     def mark_best(self, step: int, metric: str, value: float) -> None:
         """Keep the checkpoint of ``step`` as the best until another is marked."""
@@ -84,21 +108,62 @@ class Checkpointer:
         best = best_checkpoint(self.folder)
         for path in committed(self.folder)[: -self._keep]:
             if path != best:
-                (path / COMMITTED).unlink()
-                shutil.rmtree(path)
+                self._drop(path)
+
+    @staticmethod
+    def _drop(path: Path) -> None:
+        (path / COMMITTED).unlink()
+        shutil.rmtree(path)
+
+    def _refuse_damaged(self, path: Path) -> None:
+        damage = [found for found in _gather(self._damage(path)) if found]
+        if damage:
+            raise UserError(f"the checkpoint {path} is damaged: {damage[0]}; resume from another one")
+
+    def _refuse_unshared(self, path: Path) -> None:
+        """Ranks that do not see what rank 0 has written could never load it."""
+        if self._seen_by_all:
+            return
+        blind = [rank for rank, sees in enumerate(_gather((path / COMMITTED).is_file())) if not sees]
+        if blind:
+            raise UserError(f"rank {blind[0]} does not see {path}: run.folder must lie on a disk that all hosts share")
+        self._seen_by_all = True
 
     def _damage(self, path: Path) -> str:
         """What is wrong with this rank's share of the files; empty when nothing is."""
-        files = json.loads((path / COMMITTED).read_text())["files"]
-        for place, (name, expected) in enumerate(sorted(files.items())):
-            if place % self._environment.world_size != self._environment.rank:
-                continue
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            found = _checksums(path, [name])[name]
-            if found != expected:
-                return f"{name} has {found['bytes']} bytes and crc32c {found['crc32c']}, not {expected}"
+        try:
+            files = json.loads((path / COMMITTED).read_text())["files"]
+            for place, (name, expected) in enumerate(sorted(files.items())):
+                if place % self._environment.world_size != self._environment.rank:
+                    continue
+                found = _checksums(path, [name])[name]
+                if found != expected:
+                    return f"{name} has {found['bytes']} bytes and crc32c {found['crc32c']}, not {expected}"
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            return f"it cannot be read ({error})"
         return ""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Everything but tensors of a committed checkpoint."""
+    return dict(json.loads((path / STATE).read_text()))
+
+
+def _as_json(state: dict[str, Any]) -> str:
+    try:
+        return json.dumps(state, indent=1)
+    except TypeError:
+        for name, value in state["hooks"].items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise UserError(f"state_dict() of hook {name} must be JSON: {error}") from None
+        raise
 
 
 def committed(folder: Path) -> list[Path]:
@@ -111,7 +176,7 @@ def best_checkpoint(folder: Path) -> Path | None:
     record = folder / BEST
     if not record.is_file():
         return None
-    path = folder / f"step-{json.loads(record.read_text())['step']:08d}"
+    path = step_folder(folder, json.loads(record.read_text())["step"])
     return path if (path / COMMITTED).is_file() else None
 
 
@@ -132,6 +197,15 @@ def _gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _from_main(value: Any) -> Any:
+    """Rank 0's value on every rank: ranks may see a shared disk at different moments."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _barrier() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,24 @@ _ALLOWED = {
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
 }
+# by name, for that module also holds `dataclass` and `os`, with which a pickle can run code
+_ALLOWED_METADATA = {
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+}
 _ALLOWED_FILESYSTEM = {"_StorageInfo", "_StoragePrefix"}
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = (module, name) in _ALLOWED
-        known |= module == "torch.distributed.checkpoint.metadata" and name.isidentifier()
+        known |= module == "torch.distributed.checkpoint.metadata" and name in _ALLOWED_METADATA
         known |= module == "torch.distributed.checkpoint.filesystem" and name in _ALLOWED_FILESYSTEM
         known |= module == "torch" and name in _dtype_names()
         if not known:
@@ -72,6 +83,8 @@ def load_tensors(folder: Path, state: dict[str, Any]) -> None:
         saved = reader.read_metadata().state_dict_metadata
     except (pickle.UnpicklingError, OSError, EOFError, AttributeError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
+    for name in _never_stepped(tensors, saved):
+        tensors.pop(name).zero_()
     for name, tensor in tensors.items():
         there = saved.get(name)
         if not isinstance(there, TensorStorageMetadata):
@@ -83,6 +96,14 @@ def load_tensors(folder: Path, state: dict[str, Any]) -> None:
             )
     with _quiet():
         load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def _never_stepped(tensors: dict[str, Tensor], saved: Mapping[str, Any]) -> list[str]:
+    """Optimizer states of parameters that had none when saved, for they had had no gradient: they start from zero."""
+    states = [name for name in tensors if name.startswith("optimizer/")]
+    with_state = {name.rpartition("/")[0] for name in saved if name.startswith("optimizer/")}
+    missing = [name for name in states if name.rpartition("/")[0] not in with_state]
+    return missing if len(missing) < len(states) else []
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

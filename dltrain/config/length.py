@@ -44,16 +44,10 @@ class Length:
     def __bool__(self) -> bool:
         return self.value > 0
 
-    def steps(self, samples: int, global_batch_size: int) -> int:
-        """Optimizer steps in this length, the last one ragged or carried; hours have none (``ValueError``).
-
-        ``samples`` is the size of the data set, ``global_batch_size`` the samples of one step.
-        """
-        if self.unit == "st":
-            return int(self.value)
-        if self.unit == "ep":
-            return -int(-self.value * samples // global_batch_size)
-        raise ValueError(f"{self} cannot be counted in steps before the run; use 'ep' or 'st' here")
+    @property
+    def seconds(self) -> float:
+        """Seconds of a length in hours."""
+        return float(self.value) * 3600
 
     def due(self, before: tuple[int, int], after: tuple[int, int], samples: int) -> bool:
         """Whether a multiple of this interval lies in ``(before, after]``.

@@ -100,7 +100,7 @@ def from_yaml(kind: type[C], text: str, source: str = "") -> C:
 
 def from_tree(kind: type[C], tree: Mapping[str, Any], source: str = "") -> C:
     """The config a nested mapping describes, as ``run.json`` holds it. Raises :class:`UserError`."""
-    check_keys(kind, [*_dotted(tree)])
+    check_keys(kind, _dotted(tree, leaves(kind)))
     return _validated(kind, tree, source)
 
 
@@ -138,11 +138,11 @@ def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _dotted(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> list[str]:
     names: list[str] = []
     for name, value in tree.items():
-        if isinstance(value, Mapping):
-            names.extend(_dotted(value, f"{prefix}{name}."))
+        if isinstance(value, Mapping) and prefix + name not in known:
+            names.extend(_dotted(value, known, f"{prefix}{name}."))
         else:
             names.append(f"{prefix}{name}")
     return names

@@ -179,6 +179,8 @@ class Evaluation(Section):
     """Interval between evaluations; there is always one at the end."""
     batch_size: int = NotNegative
     """Samples of one evaluation step over all ranks; 0 takes data.global_batch_size."""
+    workers: int = NotNegative
+    """Loader processes of each rank during evaluation; they start anew each time."""
     metric: str = "loss"
     """Metric by which the best checkpoint is kept."""
     mode: Literal["min", "max"] = "min"

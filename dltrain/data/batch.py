@@ -25,18 +25,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device, channels_last: bool = False) -> Batch:
+    def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory do not wait."""
-        if device.type == "cpu" and self.weight.device == device and not channels_last:
+        if self.weight.device == device:
             return self
-        moved = {
-            name: value.to(
-                device,
-                non_blocking=True,
-                memory_format=torch.channels_last if channels_last and value.dim() == 4 else torch.preserve_format,
-            )
-            for name, value in self.fields.items()
-        }
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.fields.items()}
         return replace(self, fields=moved, weight=self.weight.to(device, non_blocking=True))
 
     def split(self, micro_batch: int) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dltrain.data.batch import Batch
-from dltrain.data.order import Order, sample_key, share, step_span
+from dltrain.data.order import Order, sample_key, share, step_span, steps_between
 from dltrain.data.reader import Dataset
 from dltrain.data.sample import Sample
 from dltrain.errors import UserError
@@ -125,22 +125,24 @@ class Loader:
         size = -(-global_batch_size // ranks)
         self._fetch = _Fetch(dataset, order, transform, rank, ranks, size, augment)
 
-    @property
-    def steps(self) -> int:
-        """Batches that one epoch takes when it starts at its beginning."""
-        whole, rest = divmod(self.samples, self.global_batch_size)
-        return whole + (1 if rest and self.tail != "drop" else 0)
+    def steps_to(self, end: int, start: int | None = None) -> int:
+        """Steps from ``start`` (where it stands, by default) to position ``end``."""
+        start = self.position if start is None else start
+        return steps_between(start, end, self.samples, self.global_batch_size, self.tail)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         spans = self._spans(self.position)
-        batches = (
-            self._batches_of_workers() if self._workers else map(self._fetch.__getitem__, self._spans(self.position))
-        )
-        for span, batch in zip(spans, batches, strict=False):
-            if isinstance(batch, _Failure):
-                raise UserError(batch.message)
-            self.position = span[1]
-            yield batch.pin_memory() if self._pin_memory and not self._workers else batch
+        batches: Iterator[Batch | _Failure] = map(self._fetch.__getitem__, self._spans(self.position))
+        if self._workers:
+            batches = self._batches_of_workers()
+        try:
+            for span, batch in zip(spans, batches, strict=False):
+                if isinstance(batch, _Failure):
+                    raise UserError(batch.message)
+                self.position = span[1]
+                yield batch.pin_memory() if self._pin_memory and not self._workers else batch
+        finally:
+            _end_workers(batches)
 
     def _batches_of_workers(self) -> Iterator[Batch | _Failure]:
         with _children_deaf_to_sigterm():
@@ -230,6 +232,15 @@ def _children_deaf_to_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end_workers(batches: Any) -> None:
+    """End torch's workers its own way, then by force those that hang: deaf to SIGTERM, they would be waited for."""
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
+    for worker in getattr(batches, "_workers", ()):
+        if worker.is_alive():
+            worker.kill()
 
 
 def _stack(name: str, arrays: list[dict[str, np.ndarray[Any, Any]]], samples: list[Sample]) -> torch.Tensor:

@@ -110,6 +110,26 @@ def step_span(position: int, samples: int, global_batch_size: int, tail: str) ->
     return position, position + left
 
 
+def steps_between(position: int, end: int, samples: int, global_batch_size: int, tail: str) -> int:
+    """Steps from ``position`` until ``end`` is reached, both in samples over all epochs, under a policy of the tail."""
+    if end <= position:
+        return 0
+    if tail == "carry":
+        return -(-(end - position) // global_batch_size)
+
+    def within(length: int, room: int) -> int:
+        """Steps of ``length`` samples where ``room`` are left in the epoch."""
+        whole = room // global_batch_size if tail == "drop" else -(-room // global_batch_size)
+        return min(-(-length // global_batch_size), whole)
+
+    (epoch, place), (last, rest) = divmod(position, samples), divmod(end, samples)
+    if epoch == last:
+        return within(rest - place, samples - place)
+    return (
+        within(samples - place, samples - place) + (last - epoch - 1) * within(samples, samples) + within(rest, samples)
+    )
+
+
 @dataclass(frozen=True)
 class Order:
     """The endless sequence of samples of one data set under one seed.

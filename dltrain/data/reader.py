@@ -1,8 +1,8 @@
 """Reading samples by shard and index.
 
-A shard that fits the memory budget is read whole, by parallel ranged reads, and checked once against the manifest's
-checksum; a larger one is read by the byte ranges of the wanted members, each checked against the index. Either way a
-damaged byte is an error that names the shard, the key and the offset.
+Where the shards that are read in turn fit the memory budget, they are read whole, by parallel ranged reads, and checked
+once against the manifest's checksum; else the wanted members are read by their byte ranges, each checked against the
+index. Either way a damaged byte is an error that names the shard, the key and the offset.
 
     dataset = open_dataset("s3://bucket/digits/train")
     samples = dataset.read(*Order(dataset.shard_sizes).locate(np.arange(64)))
@@ -10,10 +10,12 @@ damaged byte is an error that names the shard, the key and the offset.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
@@ -62,14 +64,17 @@ class Dataset(Protocol):
 class ShardReader:
     """Bytes of a data set's shards, with a bounded memory of whole shards and of indexes."""
 
-    def __init__(self, manifest: Manifest, memory: int) -> None:
+    def __init__(self, manifest: Manifest, memory: int, shards_in_use: int = 1) -> None:
         self.manifest = manifest
         self._memory = memory
+        # whole shards only where all that are read in turn fit: else each would push out the next one needed
+        largest = max((shard.bytes for shard in manifest.shards), default=0)
+        self._holds_whole = min(shards_in_use, len(manifest.shards)) * largest <= memory
         self._whole: OrderedDict[int, bytes | bytearray] = OrderedDict()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"manifest": self.manifest, "_memory": self._memory, "_whole": OrderedDict(), "_indexes": OrderedDict()}
+        return {**self.__dict__, "_whole": OrderedDict(), "_indexes": OrderedDict()}
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, read when first asked for."""
@@ -77,22 +82,19 @@ class ShardReader:
 
     def read(self, shard: int, spans: list[Span], keys: list[str]) -> list[memoryview]:
         """The bytes of each span (whole members of the samples ``keys``), checked."""
-        if self._fits(shard):
+        if self._holds_whole:
             data = memoryview(self._load_whole(shard))
             return [data[span.start : span.stop] for span in spans]
-        pieces = self._fetch(shard, spans)
+        pieces = self.read_ranges(shard, spans)
         for span, piece, key in zip(spans, pieces, keys, strict=True):
             self._check(shard, span, piece, key)
         return pieces
 
     def read_part(self, shard: int, start: int, stop: int) -> memoryview:
         """Bytes inside a member; unchecked where the shard is not held whole, for checksums cover whole members."""
-        if self._fits(shard):
+        if self._holds_whole:
             return memoryview(self._load_whole(shard))[start:stop]
-        return self._fetch(shard, [Span(start, stop, 0)])[0]
-
-    def _fits(self, shard: int) -> bool:
-        return self.manifest.shards[shard].bytes <= self._memory
+        return self.read_ranges(shard, [Span(start, stop, 0)])[0]
 
     def _load_whole(self, shard: int) -> bytes | bytearray:
         def too_much() -> bool:
@@ -129,8 +131,8 @@ class ShardReader:
                 "write the shard anew"
             )
 
-    def _fetch(self, shard: int, spans: list[Span]) -> list[memoryview]:
-        """Neighbouring spans by one ranged read each, several reads at a time."""
+    def read_ranges(self, shard: int, spans: list[Span]) -> list[memoryview]:
+        """Bytes of each span, unchecked: neighbouring spans by one ranged read, several reads at a time."""
         url = self.manifest.shard_url(shard)
         order = sorted(range(len(spans)), key=lambda place: spans[place].start)
         groups: list[list[int]] = []
@@ -204,11 +206,27 @@ class ShardDataset:
         ]
 
 
-def open_reader(url: str, memory: int = 256) -> ShardReader:
+@dataclass(frozen=True)
+class Reach:
+    """What decides how many shards one rank reads in turn: the order's lanes and window, and the data ranks."""
+
+    lanes: int = 16
+    window: int = 4096
+    ranks: int = 1
+
+    def shards(self, manifest: Manifest) -> int:
+        """Shards under this rank's lanes at one time: those a window touches, in each of its lanes."""
+        samples = max(1, manifest.samples // len(manifest.shards))
+        lanes = self.lanes // math.gcd(self.lanes, self.ranks)
+        return min(len(manifest.shards), lanes * (-(-self.window // samples) + 1))
+
+
+def open_reader(url: str, memory: int = 256, reach: Reach | None = None) -> ShardReader:
     """A reader of the data set at ``url`` that keeps up to ``memory`` MiB of whole shards."""
     from dltrain.data.bundled import materialise
 
-    return ShardReader(load_manifest(materialise(url)), memory << 20)
+    manifest = load_manifest(materialise(url))
+    return ShardReader(manifest, memory << 20, (reach or Reach()).shards(manifest))
 
 
 @lru_cache(maxsize=1)

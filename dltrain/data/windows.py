@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from dltrain.data.index import Span
 from dltrain.data.order import Integers
-from dltrain.data.reader import Dataset, ShardDataset, ShardReader, open_reader
+from dltrain.data.reader import Dataset, Reach, ShardDataset, ShardReader, open_reader
 from dltrain.data.sample import Sample
 from dltrain.errors import UserError
 
@@ -57,7 +58,6 @@ class WindowDataset:
 
     def __init__(self, reader: ShardReader, window: Window) -> None:
         self._reader = reader
-        self._members = ShardDataset(reader)
         self._window = window
         self._series = [self._scan(shard) for shard in range(len(reader.manifest.shards))]
         counts = [[window.count(series.steps) for series in shard] for shard in self._series]
@@ -94,18 +94,25 @@ class WindowDataset:
         start = series.start + first * row
         data = self._reader.read_part(shard, start, start + self._window.steps * row)
         values = np.frombuffer(data, dtype=series.dtype).reshape(self._window.steps, series.channels)
-        [member] = self._members.read(np.array([shard]), np.array([series.sample]))
-        fields = {name: value for name, value in member.fields.items() if name != self._window.field}
-        return Sample(f"{member.key}@{first}", {"values": values, **fields}, f"{member.where}@{first}")
+        table = self._reader.index(shard)
+        key = table.keys[series.sample]
+        spans = {name: span for name, span in table.fields(series.sample).items() if name != self._window.field}
+        beside = self._reader.read(shard, list(spans.values()), [key] * len(spans)) if spans else []
+        where = f"{self._reader.manifest.shard_url(shard)}#{key}@{first}"
+        return Sample(f"{key}@{first}", {"values": values, **dict(zip(spans, beside, strict=True))}, where)
 
     def _scan(self, shard: int) -> list[_Series]:
-        index, found = self._reader.index(shard), []
-        for sample, key in enumerate(index.keys):
-            span = index.fields(sample).get(self._window.field)
+        index = self._reader.index(shard)
+        members = [index.fields(sample).get(self._window.field) for sample in range(len(index))]
+        for key, span in zip(index.keys, members, strict=True):
             if span is None:
                 url = self._reader.manifest.shard_url(shard)
                 raise UserError(f"sample {key!r} of {url} has no field {self._window.field!r} to take windows from")
-            header = io.BytesIO(bytes(self._reader.read_part(shard, span.start, span.start + _HEADER_BYTES)))
+        spans = [span for span in members if span is not None]
+        heads = self._reader.read_ranges(shard, [Span(s.start, min(s.start + _HEADER_BYTES, s.stop), 0) for s in spans])
+        found = []
+        for sample, (key, span, head) in enumerate(zip(index.keys, spans, heads, strict=True)):
+            header = io.BytesIO(bytes(head))
             shape, order, dtype = _read_header(header, key)
             if order or len(shape) not in (1, 2):
                 raise UserError(f"series {key!r} has shape {shape}: windows need [steps] or [steps, channels], C order")
@@ -113,9 +120,12 @@ class WindowDataset:
         return found
 
 
-def open_dataset(url: str, memory: int = 256, window: Window | None = None) -> Dataset:
-    """The data set at ``url``: of windows where ``window`` is given, of whole samples otherwise."""
-    reader = open_reader(url, memory)
+def open_dataset(url: str, memory: int = 256, window: Window | None = None, reach: Reach | None = None) -> Dataset:
+    """The data set at ``url``: of windows where ``window`` is given, of whole samples otherwise.
+
+    ``memory`` is in MiB; ``reach`` says how many shards are read in turn.
+    """
+    reader = open_reader(url, memory, reach)
     return ShardDataset(reader) if window is None else WindowDataset(reader, window)
 
 

@@ -34,9 +34,7 @@ class ShardWriter:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         if samples_per_shard < 1 or bytes_per_shard < 1:
-            raise UserError(
-                f"a shard of {samples_per_shard} samples and {bytes_per_shard} bytes holds nothing; give more"
-            )
+            raise UserError(f"a shard of {samples_per_shard} samples, {bytes_per_shard} bytes holds nothing; give more")
         if storage.exists(storage.join(url, NAME)):
             raise UserError(f"there is a data set at {url}; write to another URL, or remove it first")
         self._url = url
@@ -62,19 +60,13 @@ class ShardWriter:
 
     def _check(self, key: str, fields: Mapping[str, bytes]) -> None:
         if not isinstance(key, str) or not key or "." in key or key.startswith("/"):
-            raise UserError(
-                f"sample key {key!r} is no name; a key is text without dots that does not begin with a slash"
-            )
+            raise UserError(f"sample key {key!r} is no name; a key is text without dots, not beginning with a slash")
         if key in self._seen:
             raise UserError(f"sample {key!r} is already written; each sample needs a key of its own")
         if not fields or not all(isinstance(data, bytes) for data in fields.values()):
-            raise UserError(
-                f"sample {key!r} has fields {fields!r:.60}; give bytes by extension, such as {{'cls': b'3'}}"
-            )
+            raise UserError(f"sample {key!r} has fields {fields!r:.60}; give bytes by extension: {{'cls': b'3'}}")
         if any(len(f"{key}.{extension}".encode()) > 100 for extension in fields):
-            raise UserError(
-                f"sample key {key[:40]!r}... is longer than a tar's 100 bytes with its extension; shorten it"
-            )
+            raise UserError(f"sample key {key[:40]!r}... is over a tar's 100 bytes with its extension; shorten it")
 
     def close(self) -> Manifest:
         """Write what is left and the manifest."""

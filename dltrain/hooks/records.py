@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from dltrain import storage
 from dltrain.hooks.base import Hook, View
 from dltrain.run_folder import read_lines
 
@@ -21,7 +22,7 @@ class Records(Hook):
     def fit_start(self, trainer: View) -> None:
         kept = [line for line in read_lines(self._path) if line.get("step", 0) <= trainer.step]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        storage.write(str(self._path), "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self._path.open("a", buffering=1)
 
     def logged(self, trainer: View, record: dict[str, Any]) -> None:

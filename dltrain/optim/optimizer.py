@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from dltrain.config import Optim
@@ -31,7 +32,18 @@ def build_optimizer(model: nn.Module, config: Optim) -> Optimizer:
     groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
         return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
-    return SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    # torch has no fused SGD for sharded tensors
+    fused = not any(isinstance(parameter, DTensor) for _, parameter in named)
+    optimizer = SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.momentum:  # torch's fused kernel leaves a buffer unfilled when the first step is skipped
+        for _, parameter in named:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def skips_by_itself(optimizer: Optimizer) -> bool:
+    """Whether :func:`skip_if_nonfinite` works: for fused optimizers."""
+    return bool(optimizer.defaults.get("fused"))
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

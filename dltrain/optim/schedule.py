@@ -4,9 +4,10 @@ at each milestone, or constant."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from dltrain.config import Schedule
+from dltrain.config import Length, Schedule
 from dltrain.errors import UserError
 
 
@@ -33,12 +34,15 @@ class LearningRate:
         return self.peak * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def build_schedule(schedule: Schedule, peak: float, total: int, samples: int, global_batch_size: int) -> LearningRate:
-    """Turn lengths into steps for a run of ``total`` steps. Raises :class:`UserError` when the warm-up is longer."""
-    warmup = schedule.warmup.steps(samples, global_batch_size)
+def build_schedule(schedule: Schedule, peak: float, total: int, steps_of: Callable[[Length], int]) -> LearningRate:
+    """Turn lengths into steps, by ``steps_of``, for a run of ``total`` steps (0 where that is not known).
+
+    Raises :class:`UserError` when the warm-up is longer than the run.
+    """
+    warmup = steps_of(schedule.warmup)
     if total and warmup > total:
         raise UserError(
             f"schedule.warmup {schedule.warmup} is {warmup} steps, longer than the run's {total}; shorten it too"
         )
-    milestones = tuple(length.steps(samples, global_batch_size) for length in schedule.milestones)
+    milestones = tuple(map(steps_of, schedule.milestones))
     return LearningRate(peak, schedule.name, total, warmup, schedule.final, milestones, schedule.gamma)

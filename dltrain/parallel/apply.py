@@ -30,7 +30,7 @@ def parallelize(task: Task, config: Config, mesh: Mesh, device: torch.device) ->
     if not isinstance(model, nn.Module):
         raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
     model = model.to(device)
-    if config.precision.channels_last:
+    if config.precision.channels_last and mesh.dp_shard == 1:  # FSDP2 shards contiguous weights; inputs are enough
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plan = task.plan() or Plan.auto(model)
     if config.precision.compile:

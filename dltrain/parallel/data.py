@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from dltrain.config import Config
@@ -29,6 +30,8 @@ def shard(model: nn.Module, plan: Plan, mesh: Mesh, config: Config) -> nn.Module
     """FSDP2: shards every unit of the plan, then what is left with the root. Keeps the weights the model has."""
     compute = torch.bfloat16 if config.precision.compute == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    if compute is not None:
+        _keep_batch_norm_in_fp32(model, mesh, compute)
     for unit in plan.modules(model):
         fully_shard(
             unit,
@@ -40,19 +43,39 @@ def shard(model: nn.Module, plan: Plan, mesh: Mesh, config: Config) -> nn.Module
     return model
 
 
-class BufferSync:
-    """Gives every rank rank 0's floating-point buffers (running statistics of norms), packed into one broadcast."""
+def _keep_batch_norm_in_fp32(model: nn.Module, mesh: Mesh, compute: torch.dtype) -> None:
+    """Running statistics are fp32, and batch norm wants its weights in the same type; autocast does so under DDP."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, output_dtype=compute)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.affine:
+            fully_shard(module, mesh=mesh.shard_axes(), mp_policy=policy)
 
-    def __init__(self, model: nn.Module) -> None:
+
+class BufferSync:
+    """Gives every rank rank 0's floating-point buffers (running statistics of norms), packed into one broadcast.
+
+    With ``undo`` the buffers of a step whose gradient norm is not finite are put back to those of the step before.
+    """
+
+    def __init__(self, model: nn.Module, undo: bool = False) -> None:
+        self._shared = dist.is_initialized() and dist.get_world_size() > 1
+        self._undo = undo
         buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self._buffers = buffers if dist.is_initialized() and dist.get_world_size() > 1 else []
+        self._buffers = buffers if self._shared or undo else []
+        self._last = self._packed() if self._buffers else None
 
     @torch.no_grad()
-    def __call__(self) -> None:
-        if not self._buffers:
+    def __call__(self, norm: Tensor) -> None:
+        if self._last is None:
             return
-        packed = torch.cat([buffer.reshape(-1).double() for buffer in self._buffers])
-        dist.broadcast(packed, src=0)
-        parts: tuple[Tensor, ...] = torch.split(packed, [buffer.numel() for buffer in self._buffers])
-        for buffer, part in zip(self._buffers, parts, strict=True):
-            buffer.copy_(part.reshape(buffer.shape))
+        packed = self._packed()
+        if self._undo:
+            packed = torch.where(norm.isfinite(), packed, self._last)
+        if self._shared:
+            dist.broadcast(packed, src=0)
+        parts = torch.split(packed, [buffer.numel() for buffer in self._buffers])
+        torch._foreach_copy_(self._buffers, [p.view_as(b) for p, b in zip(parts, self._buffers, strict=True)])
+        self._last = packed
+
+    def _packed(self) -> Tensor:
+        return torch.cat([buffer.reshape(-1).float() for buffer in self._buffers])

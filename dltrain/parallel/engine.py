@@ -7,7 +7,7 @@ and the state of model and optimizer. It never looks at a value on the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.errors import UserError
-from dltrain.optim.optimizer import set_learning_rate, skip_if_nonfinite
+from dltrain.optim.optimizer import set_learning_rate, skip_if_nonfinite, skips_by_itself
 from dltrain.parallel.data import BufferSync
 from dltrain.parallel.gradients import clip, global_norm, gradients_of
 from dltrain.task import Loss, Task
@@ -49,8 +49,10 @@ class Engine(Protocol):
         """The task's predictions and its losses per sample [n], in evaluation mode and without gradients."""
         ...
 
-    def settle(self, batch: Batch) -> None:
-        """Whatever the first steps would do differently from all later ones, done now without a trace."""
+    def settle(self, peek: Callable[[], Batch]) -> None:
+        """Whatever the first steps would do differently from all later ones, done now without a trace.
+
+        ``peek`` gives the batch to do it on."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -88,7 +90,8 @@ class PlainEngine:
         self._channels_last = config.precision.channels_last
         self._bf16 = config.precision.compute == "bf16"
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._sync_buffers = BufferSync(model)
+        self._sync_buffers = BufferSync(model, undo=config.run.nonfinite == "skip")
+        self._skips_by_itself = skips_by_itself(optimizer)
         self._syncs = isinstance(wrapped, DistributedDataParallel | FSDPModule)
 
     def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
@@ -99,7 +102,7 @@ class PlainEngine:
         pieces = list(batch.split(self._micro_batch))
         total: Tensor | None = None
         for place, piece in enumerate(pieces):
-            piece = piece.to(self.device, self._channels_last)
+            piece = piece.to(self.device)
             with self._synchronised(place == len(pieces) - 1):
                 loss = torch.dot(self._losses(piece)[1], piece.weight)
                 loss.backward(scale)  # type: ignore[no-untyped-call]
@@ -116,21 +119,26 @@ class PlainEngine:
         set_learning_rate(self.optimizer, learning_rate)
         self._update(norm)
         self.optimizer.zero_grad(set_to_none=True)
-        self._sync_buffers()
+        self._sync_buffers(norm)
         return norm
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Any, Tensor]:
         self._wrapped.eval()
-        batch = batch.to(self.device, self._channels_last)
-        outputs, losses = self._losses(batch, self.model)
-        return self._task.predictions(outputs, batch), losses
+        parts = []
+        for piece in batch.split(self._micro_batch):
+            piece = piece.to(self.device)
+            outputs, losses = self._losses(piece, self.model)
+            parts.append((self._task.predictions(outputs, piece), losses))
+        joined: tuple[Any, Tensor] = parts[0] if len(parts) == 1 else tree_map(lambda *some: torch.cat(some), *parts)
+        return joined
 
-    def settle(self, batch: Batch) -> None:
+    def settle(self, peek: Callable[[], Batch]) -> None:
         """DDP orders its buckets anew after the first backward pass, and with three or more ranks another order gives
         another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike."""
         if not isinstance(self._wrapped, DistributedDataParallel):
             return
+        batch = peek()
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         for _ in range(2):
             self.forward_backward(batch, torch.ones((), device=self.device))
@@ -155,7 +163,8 @@ class PlainEngine:
 
     def _update(self, norm: Tensor) -> None:
         """The optimizer's step, unless the norm is not finite."""
-        if norm.device.type == "cpu":  # the value is at hand: asking the optimizer to look takes 20 microseconds
+        # on a CPU the value is at hand, and asking the optimizer to look would take 20 microseconds
+        if norm.device.type == "cpu" or not self._skips_by_itself:
             if math.isfinite(norm.item()):
                 self.optimizer.step()
             return
@@ -164,11 +173,14 @@ class PlainEngine:
 
     def _losses(self, batch: Batch, model: nn.Module | None = None) -> tuple[Any, Tensor]:
         model = self._wrapped if model is None else model
+        inputs = self._task.inputs(batch)
+        if self._channels_last:
+            inputs = tree_map(_to_channels_last, inputs)
         if not self._bf16:
-            outputs = model(*self._task.inputs(batch))
+            outputs = model(*inputs)
             return outputs, self._per_sample(outputs, batch)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=not isinstance(model, FSDPModule)):
-            outputs = model(*self._task.inputs(batch))
+            outputs = model(*inputs)
         outputs = tree_map(_to_float, outputs)
         return outputs, self._per_sample(outputs, batch)
 
@@ -190,6 +202,12 @@ class PlainEngine:
         if isinstance(self._wrapped, FSDPModule):
             self._wrapped.set_requires_gradient_sync(last)
         return _NOTHING
+
+
+def _to_channels_last(value: Any) -> Any:
+    return (
+        value.contiguous(memory_format=torch.channels_last) if isinstance(value, Tensor) and value.dim() == 4 else value
+    )
 
 
 def _to_float(value: Any) -> Any:

@@ -17,7 +17,8 @@ from dltrain.errors import UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """``units`` are patterns of module names; each matching module is one unit, the rest belong to the root."""
+    """``units`` are patterns of module names (``*`` stays within a dot); each matching module is one unit, the rest
+    belong to the root."""
 
     units: tuple[str, ...] = ()
 
@@ -31,7 +32,7 @@ class Plan:
             if inside or not isinstance(module, (nn.Sequential, nn.ModuleList)):
                 continue
             prefix = f"{name}." if name else ""
-            units += [prefix + child for child, part in module.named_children() if any(True for _ in part.parameters())]
+            units += [prefix + child for child, part in module.named_children() if _has_parameters(part)]
         return cls(tuple(units))
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
@@ -39,8 +40,16 @@ class Plan:
         found: dict[str, nn.Module] = {}
         names = dict(model.named_modules())
         for pattern in self.units:
-            matched = {name: module for name, module in names.items() if name and fnmatchcase(name, pattern)}
+            matched = {
+                name: module
+                for name, module in names.items()
+                if name.count(".") == pattern.count(".") and fnmatchcase(name, pattern) and _has_parameters(module)
+            }
             if not matched:
                 raise UserError(f"the plan's pattern {pattern!r} matches no module of {type(model).__name__}")
             found.update(matched)
         return [found[name] for name in sorted(found, key=lambda name: -name.count("."))]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())

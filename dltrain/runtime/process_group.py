@@ -48,11 +48,10 @@ def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
             timeout=timedelta(seconds=config.parallel.timeout),
             device_id=device if device.type == "cuda" else None,
         )
-    try:
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield device
+    # not after an error: leaving the group may wait for ranks that wait for this one
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _check_rendezvous(variables: Mapping[str, str]) -> None:
@@ -71,3 +70,4 @@ def set_numerics(config: Config) -> None:
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(config.run.deterministic)
     torch.set_float32_matmul_precision(config.precision.matmul)
+    torch.backends.cudnn.allow_tf32 = config.precision.matmul == "high"

@@ -23,4 +23,4 @@ class MemoryStore:
         self._objects[path] = bytes(data)
 
     def listing(self, path: str) -> list[str]:
-        return sorted(name for name in self._objects if name.startswith(path))
+        return sorted(name for name in self._objects if name.startswith(path.rstrip("/") + "/"))

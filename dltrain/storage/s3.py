@@ -9,6 +9,8 @@ process that made it, so a forked worker never shares its parent's connections.
 from __future__ import annotations
 
 import os
+import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -22,8 +24,11 @@ from botocore.exceptions import (
     ConnectionError,
     EndpointConnectionError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
 )
 
 from dltrain.errors import UserError
@@ -34,6 +39,9 @@ PART_BYTES = 8 << 20
 
 PARALLEL_PARTS = 8
 """Ranged GETs in flight for one object."""
+
+BODY_ATTEMPTS = 4
+"""How often a body is asked for when its connection is cut."""
 
 T = TypeVar("T")
 
@@ -64,6 +72,7 @@ class S3Store:
 
     def listing(self, path: str) -> list[str]:
         bucket, prefix = _split(path)
+        prefix = prefix.rstrip("/") + "/" if prefix else ""
         pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         contents = _call(path, lambda: [item for page in pages for item in page.get("Contents", ())])
         return sorted(f"{bucket}/{item['Key']}" for item in contents)
@@ -76,7 +85,7 @@ class S3Store:
             return _client().get_object(Bucket=bucket, Key=key, **extra)["Body"].read()
 
         try:
-            return _call(path, get)
+            return _call(path, lambda: _again_if_cut(get))
         except _PastTheEnd:
             return b""
 
@@ -96,6 +105,16 @@ class S3Store:
 
 class _PastTheEnd(Exception):
     """The range begins at or behind the object's last byte."""
+
+
+def _again_if_cut(get: Callable[[], bytes]) -> bytes:
+    """botocore tries requests again, not bodies: a connection cut while one streams is for us to mend."""
+    for attempt in range(BODY_ATTEMPTS - 1):
+        try:
+            return get()
+        except (ResponseStreamingError, IncompleteReadError, ReadTimeoutError):
+            time.sleep(random.uniform(0, 0.2 * 2**attempt))
+    return get()
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dltrain.checkpoint.checkpointer import Checkpointer, best_checkpoint, committed
+from dltrain.checkpoint.checkpointer import Checkpointer, best_checkpoint, committed, step_folder
 from dltrain.checkpoint.tensors import load_tensors, read_tensors
 from dltrain.config import Config, load_overrides
 from dltrain.errors import UserError
@@ -82,8 +82,9 @@ def test_a_torn_save_is_never_taken_for_a_whole_one(tmp_path: Path) -> None:
     torn = checkpointer.save(2, trained, {})
     (torn / "COMMITTED").unlink()
     assert checkpointer.latest() == first
-    assert checkpointer.save(2, trained, {"again": 1}) == torn
-    assert checkpointer.latest() == torn
+    later = Checkpointer(tmp_path, 5, ALONE)  # a process that comes after
+    assert later.save(2, trained, {"again": 1}) == torn
+    assert later.latest() == torn
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(
@@ -96,9 +97,45 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(
     data[len(data) // 2] ^= 255
     file.write_bytes(data)
     assert checkpointer.latest() == first
-    assert f"passing over {second}: {file.name} has" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"passing over {second}: {file.name} has" in err
     with pytest.raises(UserError, match="is damaged"):
         checkpointer.load(second, trained)
+
+
+@pytest.mark.parametrize("damage", ["tensors", "COMMITTED"])
+def test_after_a_damaged_checkpoint_the_run_saves_and_keeps_anew(tmp_path: Path, damage: str) -> None:
+    checkpointer, trained = Checkpointer(tmp_path, 1, ALONE), engine()
+    checkpointer.save(8, trained, {})
+    checkpointer.mark_best(8, "loss", 1.0)
+    later = checkpointer.save(16, trained, {})
+    (next(later.glob("*.distcp")) if damage == "tensors" else later / "COMMITTED").write_bytes(b"")
+    again = Checkpointer(tmp_path, 1, ALONE)
+    found = again.latest()
+    assert found == step_folder(tmp_path, 8)
+    again.resume_from(found, trained)
+    assert again.save(12, trained, {}).is_dir()
+    assert again.save(16, trained, {"anew": 1}).is_dir()
+    assert Checkpointer(tmp_path, 1, ALONE).latest() == later
+
+
+def test_a_parameter_that_never_had_a_gradient_does_not_spoil_a_checkpoint(tmp_path: Path) -> None:
+    def with_idle() -> PlainEngine:
+        made = engine()
+        idle = torch.nn.Parameter(torch.zeros(3))
+        made.model.register_parameter("idle", idle)
+        made.optimizer.param_groups[-1]["params"].append(idle)
+        return made
+
+    trained = with_idle()
+    step(trained, 0)
+    path = Checkpointer(tmp_path, 2, ALONE).save(1, trained, {})
+    step(trained, 1)
+    other = with_idle()
+    Checkpointer(tmp_path, 2, ALONE).load(path, other)
+    step(other, 1)
+    for (name, one), (_, two) in zip(trained.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -124,6 +161,21 @@ def test_only_tensors_and_json_are_stored(tmp_path: Path) -> None:
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
+
+
+def by_way_of_a_dataclass() -> bytes:
+    """A pickle whose every name is of DCP's metadata module: it gives a class a field whose type is code, and has
+    `dataclass` compile it."""
+    metadata = b"ctorch.distributed.checkpoint.metadata\n"
+    return b"\x80\x02" + metadata + b"dataclass\n" + metadata + b"BytesStorageMetadata\n\x85R."
+
+
+def test_the_metadata_module_is_not_open_as_a_whole(tmp_path: Path) -> None:
+    trained = engine()
+    path = Checkpointer(tmp_path / "c", 2, ALONE).save(1, trained, {})
+    (path / ".metadata").write_bytes(by_way_of_a_dataclass())
+    with pytest.raises(UserError, match=r"metadata\.dataclass, which no checkpoint of tensors needs"):
+        load_tensors(path, trained.state_dict())
 
 
 def test_metadata_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,9 +91,3 @@ def test_intervals_fall_due_when_a_multiple_is_passed() -> None:
     assert due == [False, True, True, True, True]
     assert [steps.due((s, 0), (s + 1, 0), 10) for s in range(6)] == [False, False, True, False, False, True]
     assert not Length.parse("0st").due((0, 0), (9, 9), 10)
-
-
-def test_lengths_in_steps_round_up_to_whole_batches() -> None:
-    assert [Length.parse(t).steps(10, 4) for t in ("1ep", "2ep", "0.5ep", "7st")] == [3, 5, 2, 7]
-    with pytest.raises(ValueError, match="cannot be counted in steps"):
-        Length.parse("1h").steps(10, 4)

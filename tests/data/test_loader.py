@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dltrain import storage
 from dltrain.data.decode import decode_fields
 from dltrain.data.loader import Loader
+from dltrain.data.manifest import load_manifest
 from dltrain.data.order import Order
+from dltrain.data.reader import Reach, ShardDataset, ShardReader
 from dltrain.data.sample import Sample
 from dltrain.data.windows import Window, open_dataset
 from dltrain.data.writer import ShardWriter
@@ -141,3 +146,52 @@ def test_windows_are_the_slices_of_their_series(tmp_path: Path, memory: int) -> 
     assert samples[2].fields["values"].tolist() == series["y"][:6].tolist()
     with pytest.raises(UserError, match="longest has 20"):
         open_dataset(str(tmp_path), memory, Window(lookback=100, horizon=2))
+
+
+def test_large_shards_are_read_by_ranges_where_memory_cannot_hold_those_in_use(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path), samples_per_shard=20) as writer:
+        for place in range(400):
+            writer.write(f"k{place}", {"bin": bytes(5000)})
+    manifest = load_manifest(str(tmp_path))
+    largest = max(shard.bytes for shard in manifest.shards)
+    assert Reach(lanes=4, window=10, ranks=1).shards(manifest) == 4 * 2
+    assert Reach(lanes=4, window=10, ranks=2).shards(manifest) == 2 * 2
+    for in_use, whole in ((8, True), (9, False)):
+        reader = ShardReader(manifest, 8 * largest, in_use)
+        ShardDataset(reader).read(np.array([0, 5, 9]), np.array([0, 1, 2]))
+        assert len(reader._whole) == (3 if whole else 0)
+
+
+def test_a_window_of_a_long_series_reads_its_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(1_000_000, np.float32))
+    with ShardWriter(str(tmp_path)) as writer:
+        writer.write("long", {"npy": buffer.getvalue(), "cls": b"1"})
+    read, asked = storage.read, []
+    monkeypatch.setattr(
+        storage, "read", lambda url, start=0, stop=None: asked.append((url, start, stop)) or read(url, start, stop)
+    )
+    dataset = open_dataset(str(tmp_path), 0, Window(lookback=64, horizon=32))
+    dataset.read(np.array([0]), np.array([500_000]))
+    tars = [stop - start for url, start, stop in asked if url.endswith(".tar")]
+    assert sum(tars) < 1000  # 96 steps of 4 bytes, the header, and the class
+
+
+def stuck(sample: Sample, random: np.random.Generator | None) -> dict[str, np.ndarray]:
+    if sample.key == "k9":
+        time.sleep(600)
+    return number(sample, random)
+
+
+def test_workers_that_hang_do_not_keep_the_process(url: str) -> None:
+    dataset = open_dataset(url)
+    order = Order(dataset.shard_sizes, shuffle=False, lanes=1)
+    source = iter(Loader(dataset, order, stuck, global_batch_size=4, workers=1, prefetch=4))
+    next(source)
+    source.close()
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

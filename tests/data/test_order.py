@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dltrain.data.order import Order, derive, mix, permute, sample_key, share, step_key, step_span
+from dltrain.data.order import Order, derive, mix, permute, sample_key, share, step_key, step_span, steps_between
 
 shard_lists = st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 
@@ -116,3 +116,26 @@ def test_a_node_reads_its_own_lanes_alone() -> None:
             shards, indices = order.locate(share(0, order.samples, rank, 8))
             lanes |= set(((shards * 100 + indices) // lane_samples).tolist())
         assert lanes == {node, node + 4, node + 8, node + 12}
+
+
+@given(
+    samples=st.integers(1, 40),
+    batch=st.integers(1, 20),
+    tail=st.sampled_from(["carry", "drop", "pad"]),
+    done=st.integers(0, 12),
+    end=st.integers(0, 150),
+)
+@settings(max_examples=300, deadline=None)
+def test_steps_that_are_left_are_those_a_walk_would_take(
+    samples: int, batch: int, tail: str, done: int, end: int
+) -> None:
+    if tail == "drop" and batch > samples:
+        return  # refused by the loader: no step would ever be whole
+    position = 0
+    for _ in range(done):
+        _, position = step_span(position, samples, batch, tail)
+    walked, place = 0, position
+    while place < end:
+        start, place = step_span(place, samples, batch, tail)
+        walked += start < end  # a dropped tail that reaches the end is no step
+    assert steps_between(position, end, samples, batch, tail) == walked

@@ -45,9 +45,10 @@ def test_samples_come_back_as_written(tmp_path: Path, memory: int) -> None:
 
 @pytest.mark.parametrize("memory", [256, 0], ids=["whole shards", "ranges"])
 def test_samples_come_back_from_s3(s3: S3Server, memory: int) -> None:
-    write("s3://data/reader")
-    assert read_all("s3://data/reader", memory) == SAMPLES
-    assert storage.listing("s3://data/reader")[0].startswith("s3://data/reader/")
+    url = f"s3://data/reader-{memory}"
+    write(url)
+    assert read_all(url, memory) == SAMPLES
+    assert storage.listing(url)[0].startswith(f"{url}/")
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:

@@ -14,9 +14,14 @@ from dltrain.optim.optimizer import build_optimizer, skip_if_nonfinite
 from dltrain.optim.schedule import build_schedule
 
 
+def steps_of(length: Length) -> int:
+    """Epochs of 100 samples in batches of 10."""
+    return int(length.value) * (10 if length.unit == "ep" else 1)
+
+
 def test_warm_up_then_cosine() -> None:
     # epochs of 100 samples in batches of 10: 1ep of warm-up is 10 of 50 steps
-    rate = build_schedule(Schedule(warmup=Length.parse("1ep"), final=0.1), 2.0, 50, 100, 10)
+    rate = build_schedule(Schedule(warmup=Length.parse("1ep"), final=0.1), 2.0, 50, steps_of)
     assert [rate.at(step) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
     assert rate.at(10) == pytest.approx(2.0)
     assert rate.at(30) == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
@@ -25,13 +30,13 @@ def test_warm_up_then_cosine() -> None:
 
 def test_steps_at_milestones_in_epochs_and_steps() -> None:
     milestones = (Length.parse("2ep"), Length.parse("30st"))
-    rate = build_schedule(Schedule(name="step", milestones=milestones, gamma=0.5), 1.0, 50, 100, 10)
+    rate = build_schedule(Schedule(name="step", milestones=milestones, gamma=0.5), 1.0, 50, steps_of)
     assert [rate.at(step) for step in (0, 19, 20, 29, 30, 49)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
 
 
 def test_a_warm_up_longer_than_the_run_is_refused() -> None:
     with pytest.raises(UserError, match=r"schedule.warmup 9ep is 90 steps, longer than the run's 50"):
-        build_schedule(Schedule(warmup=Length.parse("9ep")), 1.0, 50, 100, 10)
+        build_schedule(Schedule(warmup=Length.parse("9ep")), 1.0, 50, steps_of)
 
 
 def test_biases_norms_and_named_parameters_do_not_decay() -> None:

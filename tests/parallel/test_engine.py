@@ -14,6 +14,8 @@ from dltrain.config import Config, load_overrides
 from dltrain.data.batch import Batch
 from dltrain.hooks.base import Request
 from dltrain.mesh import build_mesh
+from dltrain.models.vision import small_cnn
+from dltrain.models.vision.small_cnn import SmallCNN
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.engine import PlainEngine
 from dltrain.parallel.plan import Plan
@@ -65,11 +67,11 @@ def share_of(step: int, rank: int, ranks: int, samples: int = 10) -> Batch:
     return Batch(fields, weight, tuple(map(str, padded)), torch.tensor(padded))
 
 
-def engine_for(rank: int, ranks: int, overrides: dict[str, Any]) -> PlainEngine:
+def engine_for(rank: int, ranks: int, overrides: dict[str, Any], task: type[Regression] = Regression) -> PlainEngine:
     config = load_overrides(Config(), {"optim.max_norm": 0.5, "optim.learning_rate": 0.01, **overrides})
     environment = Environment(rank, ranks, rank, ranks)
     mesh = build_mesh(config.parallel, environment, torch.device("cpu"))
-    return parallelize(Regression(config), config, mesh, torch.device("cpu"))
+    return parallelize(task(config), config, mesh, torch.device("cpu"))
 
 
 def train(rank: int, ranks: int, overrides: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:
@@ -81,7 +83,7 @@ def train(rank: int, ranks: int, overrides: dict[str, Any]) -> tuple[list[float]
         count = readings.reduce(torch.dot(engine._task.count(batch), batch.weight), Request(0))
         loss = engine.forward_backward(batch, count)
         norm = engine.step(0.01, 0.5)
-        readings.push(step, 0, 0.01, loss.sum, norm)
+        readings.push(step, (0, 0), 0.01, loss.sum, norm)
         losses += [reading.loss for reading in readings.flush()]
         norms.append(norm.item())
     weights = {name: value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -134,6 +136,50 @@ def test_one_process_gives_the_numbers_of_plain_pytorch(one_process: Any) -> Non
     assert one_process[0][0] > one_process[0][-1] or max(one_process[1]) > 0.5  # it trained, and was clipped
 
 
+class Normed(Regression):
+    """With batch norm, whose statistics are fp32 under every precision."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.BatchNorm1d(8), nn.ReLU()), nn.Linear(8, 4))
+
+
+def normed_losses(rank: int, ranks: int, overrides: dict[str, Any]) -> list[float]:
+    engine, readings, losses = engine_for(rank, ranks, overrides, Normed), Readings(torch.device("cpu")), []
+    for step in range(STEPS):
+        batch = share_of(step, rank, ranks)
+        count = readings.reduce(torch.dot(engine._task.count(batch), batch.weight), Request(0))
+        loss = engine.forward_backward(batch, count)
+        readings.push(step, (0, 0), 0.01, loss.sum, engine.step(0.01, 0.5))
+        losses += [reading.loss for reading in readings.flush()]
+    engine.evaluate(share_of(0, rank, ranks))
+    return losses
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"precision.compute": "bf16"}, {"optim.name": "sgd"}, {"precision.channels_last": True}]
+)
+def test_fsdp_gives_the_losses_of_ddp_with_batch_norm(overrides: dict[str, Any]) -> None:
+    ddp = run_ranks(normed_losses, 2, 2, overrides)
+    fsdp = run_ranks(normed_losses, 2, 2, {**overrides, "parallel.dp_shard": 2})
+    assert fsdp[0] == pytest.approx(ddp[0], abs=2e-2 if overrides.get("precision.compute") else 1e-5)
+
+
+def statistics_after_nan(rank: int, ranks: int, overrides: dict[str, Any]) -> bool:
+    engine = engine_for(rank, ranks, {**overrides, "run.nonfinite": "skip"}, Normed)
+    for step in range(3):
+        batch = share_of(step, rank, ranks)
+        if step == 1:
+            batch.fields["x"][0, 0] = float("nan")
+        engine.forward_backward(batch, torch.tensor(10.0))
+        engine.step(0.01, 0.5)
+    return all(bool(buffer.isfinite().all()) for buffer in engine.model.buffers())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_skipped_step_leaves_running_statistics_finite(ranks: int) -> None:
+    assert run_ranks(statistics_after_nan, ranks, ranks, {}) == [True] * ranks
+
+
 def initial_weights(rank: int, ranks: int, overrides: dict[str, Any]) -> dict[str, Tensor]:
     state = engine_for(rank, ranks, overrides).state_dict()["model"]
     return {name: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for name, v in state.items()}
@@ -149,7 +195,7 @@ def test_initial_weights_do_not_depend_on_the_layout() -> None:
 def synchronisations(rank: int, ranks: int, overrides: dict[str, Any]) -> int:
     """All-reduces of gradients in a step of several micro-batches."""
     engine = engine_for(rank, ranks, overrides)
-    engine.settle(share_of(0, rank, ranks))
+    engine.settle(lambda: share_of(0, rank, ranks))
     with torch.profiler.profile() as profile:
         engine.forward_backward(share_of(0, rank, ranks), torch.tensor(1.0))
     return sum(event.count for event in profile.key_averages() if event.key == "gloo:all_reduce")
@@ -203,6 +249,8 @@ def test_a_plan_that_matches_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pattern 'blocks\.\*' matches no module"):
         Plan(("blocks.*",)).modules(model)
     assert Plan.auto(model).units == ("0", "2")
+    blocks = SmallCNN(channels=1, size=8, classes=10)
+    assert [type(unit).__name__ for unit in small_cnn.PLAN.modules(blocks)] == ["Sequential"] * 3  # not their layers
     nested = nn.ModuleDict({"a": nn.ModuleList([nn.Sequential(nn.Linear(2, 2))]), "b": nn.Linear(2, 2)})
     assert Plan.auto(nested).units == ("a.0",)
 

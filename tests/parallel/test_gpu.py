@@ -30,7 +30,7 @@ def losses(device: str, poison: int = -1, **overrides: str) -> tuple[list[float]
         count = readings.reduce(torch.dot(Regression(config).count(batch), batch.weight), NOTHING)
         loss = engine.forward_backward(batch, count)
         norm = engine.step(0.01, 0.5)
-        readings.push(step, 0, 0.01, loss.sum, norm)
+        readings.push(step, (0, 0), 0.01, loss.sum, norm)
         found += [reading.loss for reading in readings.flush()]
     return found, [weight.detach().cpu() for _, weight in engine.named_parameters()]
 

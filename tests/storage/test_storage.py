@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ResponseStreamingError
+from botocore.response import StreamingBody
 
 from dltrain import storage
 from dltrain.errors import UserError
@@ -116,3 +118,23 @@ def test_refused_credentials_are_told(s3: S3Server) -> None:
     environment = {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert "S3 refused the credentials" in done.stdout, done.stderr + done.stdout
+
+
+def test_a_listing_stays_within_its_folder(folder: str) -> None:
+    for name in ("digits/a.tar", "digits-old/b.tar"):
+        storage.write(storage.join(folder, name), b"x")
+    assert storage.listing(storage.join(folder, "digits")) == [storage.join(folder, "digits/a.tar")]
+
+
+def test_a_connection_cut_while_a_body_streams_is_mended(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write("s3://data/cut", b"whole")
+    cuts = iter([True, True, False])
+    read = StreamingBody.read
+
+    def cut(self: StreamingBody, *arguments: object, **named: object) -> bytes:
+        if next(cuts, False):
+            raise ResponseStreamingError(error="connection reset")
+        return read(self, *arguments, **named)
+
+    monkeypatch.setattr(StreamingBody, "read", cut)
+    assert storage.read("s3://data/cut") == b"whole"
