@@ -196,6 +196,8 @@ def _execute(nodes: list[ast.stmt], module: ModuleType, path: Path) -> None:
         exec(code, vars(module))
     except UserError:
         raise
+    except ValidationError as error:
+        raise UserError(f"recipe {path}: {error.title} cannot be made without arguments: {explain(error)}") from None
     except Exception as error:  # noqa: BLE001 - the user's own code may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"recipe {path}: {reason}; {_ALLOWED_IN_PRESETS}") from None

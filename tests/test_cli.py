@@ -112,7 +112,7 @@ def test_a_run_has_the_layout_of_the_documentation(run: Path) -> None:
     kinds = {json.loads(line)["kind"] for line in (run / "metrics.jsonl").open()}
     assert kinds == {"step", "evaluation"}
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "report", "run.json", "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "metrics.jsonl", "recipe.py", "report", "run.json", "tensorboard",
     ]  # fmt: skip
 
 
