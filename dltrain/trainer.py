@@ -171,8 +171,6 @@ class Trainer:
         self.best, self._elapsed = state["best"], float(state["elapsed_seconds"])
         self._evaluation_left = state["evaluation_left"]
         self._passed = {request: int(self._elapsed / interval.seconds) for request, interval in self._timed}
-        if self.best is not None and self.checkpointer is not None:
-            self.checkpointer.mark_best(**self.best)  # the run may have ended between the save and the mark
         for hook in self.hooks:
             if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:
                 hook.load_state_dict(state["hooks"][type(hook).__name__])

@@ -74,12 +74,14 @@ class Checkpointer:
 
     def resume_from(self, path: Path, engine: Engine) -> None:
         """Load, and go on from there: later checkpoints, damaged ones among them, are dropped; collective."""
-        self.load(path, engine)
+        best = self.load(path, engine).get("best")
         self._whole = int(json.loads((path / COMMITTED).read_text())["step"])
         if self._environment.is_main:
             for later in committed(self.folder):
                 if later.name > path.name:
                     self._drop(later)
+        if best is not None:
+            self.mark_best(**best)  # the run may have ended between the save and the mark
         _barrier()
 
     def latest(self) -> Path | None:

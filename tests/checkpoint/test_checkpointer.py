@@ -105,15 +105,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(
 
 @pytest.mark.parametrize("damage", ["tensors", "COMMITTED"])
 def test_after_a_damaged_checkpoint_the_run_saves_and_keeps_anew(tmp_path: Path, damage: str) -> None:
-    checkpointer, trained = Checkpointer(tmp_path, 1, ALONE), engine()
-    checkpointer.save(8, trained, {})
-    checkpointer.mark_best(8, "loss", 1.0)
+    checkpointer, trained = Checkpointer(tmp_path, 2, ALONE), engine()
+    checkpointer.save(8, trained, {"best": {"step": 8, "metric": "loss", "value": 1.0}})
     later = checkpointer.save(16, trained, {})
     (next(later.glob("*.distcp")) if damage == "tensors" else later / "COMMITTED").write_bytes(b"")
     again = Checkpointer(tmp_path, 1, ALONE)
     found = again.latest()
     assert found == step_folder(tmp_path, 8)
     again.resume_from(found, trained)
+    assert best_checkpoint(tmp_path) == found  # marked, though the first process never came to it
     assert again.save(12, trained, {}).is_dir()
     assert again.save(16, trained, {"anew": 1}).is_dir()
     assert Checkpointer(tmp_path, 1, ALONE).latest() == later
