@@ -88,22 +88,17 @@ def train(job: Job) -> int:
             task,
             parallelize(task, job.config, mesh, device),
             _train_loader(job.config, task, data, mesh, on_gpu),
-            evaluation=_evaluation_loader(job.config, task, held_out, mesh, device.type == "cuda")
-            if held_out
-            else None,
+            evaluation=_evaluation_loader(job.config, task, held_out, mesh, on_gpu) if held_out else None,
             checkpointer=checkpointer,
             hooks=hooks,
             stop=stop,
             data_rank=mesh.data_rank,
         )
-        _resume(job, trainer, checkpointer)
-        with _claimed(job, run, data):
-            try:
+        with _held(job, run):
+            _resume(job, trainer, checkpointer)
+            with _recorded(job, run, data, hooks):
                 status = trainer.fit()
                 return _conclude(job, run, trainer, status, time.monotonic() - started, hooks)
-            finally:
-                for hook in hooks:
-                    hook.close()
 
 
 def evaluate_run(job: Job, run: RunFolder) -> int:
@@ -225,19 +220,29 @@ def _agreed(job: Job, decide: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _claimed(job: Job, run: RunFolder, dataset: Dataset) -> Iterator[None]:
-    """The run's folder, made and held by rank 0, its record kept true; nothing is written before."""
-    held: list[IO[str]] = []
-    _agreed(job, lambda: held.append(run.claim()))
+def _held(job: Job, run: RunFolder) -> Iterator[None]:
+    """The run's folder, made and held by rank 0; nothing of it is made or changed before."""
+    lock: list[IO[str]] = []
+    _agreed(job, lambda: lock.append(run.claim()))
     try:
-        _record_start(job, run, dataset)
+        yield
+    finally:
+        for file in lock:
+            file.close()
+
+
+@contextmanager
+def _recorded(job: Job, run: RunFolder, dataset: Dataset, hooks: list[Hook]) -> Iterator[None]:
+    """``run.json`` says that the run goes on, and how it ended if it fails; hooks are closed either way."""
+    _record_start(job, run, dataset)
+    try:
         yield
     except BaseException:
         _record_end(job, run, "failed")
         raise
     finally:
-        for file in held:
-            file.close()
+        for hook in hooks:
+            hook.close()
 
 
 def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:

@@ -70,7 +70,7 @@ class RunFolder:
     def is_free(self) -> bool:
         """Whether a fresh run may take this name: nothing is there, or a run that failed before it saved anything."""
         if not self.record.is_file():
-            return not self.path.exists() or not any(self.path.iterdir())
+            return not self.path.exists() or {entry.name for entry in self.path.iterdir()} <= {LOCK}
         return self.read()["status"] == "failed" and not any(self.checkpoints.glob("step-*"))
 
     def read(self) -> dict[str, Any]:
