@@ -9,6 +9,7 @@ The command line of a recipe file is ``[train | eval RUN] [--preset NAME | --con
 from __future__ import annotations
 
 import argparse
+import atexit
 import inspect
 import json
 import os
@@ -65,11 +66,18 @@ def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
         raise TypeError(f"main() takes a class derived from Task, not {task!r}")
     environment = Environment.read()
     status = _guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment)
-    if dist.is_initialized():  # after an error: an orderly end could wait for peers inside a collective
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if environment.world_size > 1:
+        _leave(status)
     sys.exit(status)
+
+
+def _leave(status: int) -> None:
+    """End a rank without taking the interpreter down: what is left of process groups may wait there for peers inside a
+    collective, and gloo's threads now and then abort a rank whose work is done."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def train(job: Job) -> int:
