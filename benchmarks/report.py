@@ -19,8 +19,8 @@ the settings, the versions and every round's raw seconds.
 THROUGHPUT = """
 ## Throughput
 
-Training images per second, medians over interleaved rounds in one process. The ratio is ours / bare; in brackets the
-quartiles of the ratio by round.
+Training images per second, medians over interleaved rounds in one process. The ratio ours / bare is the median of the
+ratios of neighbouring rounds; in brackets their quartiles.
 
 | model | batch | pixels | ours, images/s | bare PyTorch, images/s | ratio | hardware | torch | result |
 |---|---|---|---|---|---|---|---|---|
