@@ -48,7 +48,7 @@ class ClassifyConfig(Config):
 def digits() -> ClassifyConfig:
     """1,797 scans of handwritten digits, 8x8; about 0.99 on the 360 held out, in half a minute on two cores."""
     return ClassifyConfig(
-        run=Run(length=Length.parse("20ep")),
+        run=Run(length=Length.parse("30ep")),
         data=Data(train="bundled://digits/train", evaluation="bundled://digits/heldout", global_batch_size=64),
         optim=Optim(learning_rate=4e-3, weight_decay=0.02, max_norm=1.0),
         schedule=Schedule(warmup=Length.parse("1ep")),
