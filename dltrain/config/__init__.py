@@ -19,6 +19,8 @@ from dltrain.config.tree import (
     Run,
     Schedule,
     Section,
+    Source,
+    Storage,
     preset,
 )
 
@@ -36,6 +38,8 @@ __all__ = [
     "Run",
     "Schedule",
     "Section",
+    "Source",
+    "Storage",
     "from_tree",
     "from_yaml",
     "load_overrides",

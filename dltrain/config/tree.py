@@ -57,11 +57,31 @@ class Run(Section):
     """What follows a gradient that is not finite. Either way the update is skipped on the device."""
 
 
+class Source(Section):
+    """One data set of a mixture; its URL alone will do."""
+
+    url: str
+    """URL of its shards."""
+    weight: int = NotNegative
+    """Share of the samples beside the other weights; where all are 0, shares follow the sources' sizes."""
+    limit: int = NotNegative
+    """Keep so many samples of it, the same in every epoch; 0 keeps all."""
+    repeat: int = Field(default=1, ge=1)
+    """Passes over it in one epoch of the mixture."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_url(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+
 class Data(Section):
     """Where the samples lie and in what order they are read."""
 
     train: str = ""
-    """URL of the training shards (file://, s3://, bundled://), or a local folder."""
+    """URL of the training shards (file://, s3://, http(s)://, bundled://), or a local folder."""
+    sources: tuple[Source, ...] = ()
+    """A mixture instead of `train`: URLs, or [{url: URL, weight: 3}, ...] with limit and repeat as well."""
     evaluation: str = ""
     """URL of the held-out shards; empty trains without evaluation."""
     global_batch_size: int = Field(default=64, gt=0)
@@ -78,8 +98,47 @@ class Data(Section):
     """How loader processes start; fork is quickest, and unsafe once threads run."""
     prefetch: int = Field(default=2, gt=0)
     """Batches each worker prepares ahead."""
-    memory: int = Field(default=256, ge=0)
-    """MiB of whole shards a reader keeps; larger shards are read by ranges, sample by sample."""
+    bad_samples: int = NotNegative
+    """Training samples of each rank that may be bad: they are replaced, and listed in the run's quarantine folder."""
+    cache: str = ""
+    """Folder on each node's disk for copies of remote shards; empty is one under the temporary folder, 'off' none."""
+    cache_gib: float = Field(default=0.0, ge=0)
+    """GiB the node's copies may take; 0 is three quarters of what is free."""
+    ahead_mib: int = Field(default=1024, ge=0)
+    """MiB fetched ahead beyond the current and the next window, at least."""
+    ahead_seconds: float = Field(default=30.0, ge=0)
+    """Seconds of training fetched ahead, at least."""
+
+
+class Storage(Section):
+    """How S3 and web servers are reached; endpoint, region and credentials are AWS's own settings unless given here."""
+
+    endpoint_url: str = ""
+    """S3 endpoint; empty takes AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's."""
+    path_style: bool = False
+    """Write the bucket into the path instead of the host name, as many other servers want it."""
+    profile: str = ""
+    """Profile of the AWS configuration; empty takes AWS_PROFILE."""
+    role: str = ""
+    """ARN of a role to act under; its credentials are renewed while the run goes on."""
+    anonymous: bool = False
+    """Send requests unsigned, for public buckets."""
+    requester_pays: bool = False
+    """Pay for requests to buckets whose readers pay."""
+    sse_customer_key: str = ""
+    """File with the 32 bytes of a customer's key (SSE-C)."""
+    kms_key: str = ""
+    """KMS key under which new objects are encrypted (SSE-KMS); reading needs no setting."""
+    part_mib: int = Field(default=8, gt=0, le=512)
+    """MiB of one ranged request."""
+    in_flight: int = Field(default=16, gt=0, le=256)
+    """Requests of one process at a time; fewer while a server asks to slow down."""
+    node_in_flight: int = Field(default=64, ge=0, le=4096)
+    """Requests of all processes of a node at a time; 0 is no limit."""
+    attempts: int = Field(default=10, gt=0)
+    """Attempts without progress before a read is given up."""
+    timeout: float = Field(default=20.0, gt=0)
+    """Seconds a connection may be silent."""
 
 
 class Model(Section):
@@ -194,6 +253,7 @@ class Config(Section):
 
     run: Run = Run()
     data: Data = Data()
+    storage: Storage = Storage()
     model: Model = Model()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
@@ -211,6 +271,8 @@ class Config(Section):
                 raise ValueError(f"{name} is {length}: give it in epochs (ep) or steps (st)")
         if self.run.length.unit == "h" and self.schedule.name == "cosine":
             raise ValueError("schedule.name cosine needs run.length in epochs or steps; take 'constant' or 'step'")
+        if self.data.train and self.data.sources:
+            raise ValueError("data.train and data.sources are both given; take one, as with --data.train ''")
         if not self.run.length:
             raise ValueError("run.length is zero: nothing would be trained")
         return self

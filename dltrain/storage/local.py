@@ -3,40 +3,60 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from dltrain.errors import UserError
-from dltrain.storage.base import ObjectNotFound
+from dltrain.storage.base import ObjectInfo, ObjectNotFound
 
 
 class LocalStore:
     """Plain files; a write goes to a temporary name in the same folder and is renamed."""
 
-    def size(self, path: str) -> int:
-        return self._file(path).stat().st_size
+    def stat(self, path: str) -> ObjectInfo:
+        return ObjectInfo(self._file(path).stat().st_size)
 
     def read(self, path: str, start: int, stop: int | None) -> bytes:
         with self._file(path).open("rb") as file:
             file.seek(start)
             return file.read() if stop is None else file.read(stop - start)
 
+    def read_into(self, path: str, start: int, buffer: memoryview, etag: str) -> int:
+        with self._file(path).open("rb") as file:
+            file.seek(start)
+            return file.readinto(buffer)
+
     def write(self, path: str, data: bytes) -> None:
-        target = Path(path)
+        self._replace(path, lambda file: file.write(data))
+
+    def upload(self, file: Path, path: str) -> None:
+        with file.open("rb") as source:
+            self._replace(path, lambda target: shutil.copyfileobj(source, target, 16 << 20))
+
+    def delete(self, path: str) -> None:
+        Path(path).unlink(missing_ok=True)
+
+    def listing(self, path: str) -> list[str]:
+        return sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+
+    def _replace(self, path: str, fill: Callable[[BinaryIO], object]) -> None:
+        target, temporary = Path(path), ""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                fill(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, target)
         except OSError as error:
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
             raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-    def listing(self, path: str) -> list[str]:
-        return sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
 
     @staticmethod
     def _file(path: str) -> Path:

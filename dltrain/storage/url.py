@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from dltrain.errors import UserError
-from dltrain.storage.base import ObjectNotFound, Store
+from dltrain.storage.base import ObjectInfo, ObjectNotFound, Store
+from dltrain.storage.file import ObjectFile
 from dltrain.storage.local import LocalStore
 from dltrain.storage.memory import MemoryStore
 
@@ -17,22 +23,66 @@ def read(url: str, start: int = 0, stop: int | None = None) -> bytes | bytearray
     return store.read(path, start, stop)
 
 
+def read_into(url: str, start: int, buffer: memoryview, etag: str = "") -> int:
+    """Fill ``buffer`` with the bytes from ``start``, in parallel parts; returns how many the object had.
+
+    With ``etag`` (of :func:`stat`) an object overwritten meanwhile raises
+    :class:`~dltrain.storage.base.ObjectChanged`; without it, one overwritten during the read does.
+    """
+    store, path = _open(url)
+    return store.read_into(path, start, buffer, etag)
+
+
 def write(url: str, data: bytes) -> None:
     """Create or replace the object; readers see the old one or the new one, never a part."""
     store, path = _open(url)
     store.write(path, data)
 
 
+def upload(file: Path, url: str) -> None:
+    """Create or replace the object from a local file, in parts where it is large; all at once for readers."""
+    store, path = _open(url)
+    store.upload(file, path)
+
+
+@contextmanager
+def create(url: str) -> Iterator[BinaryIO]:
+    """A local file to write into, which becomes the object when the block ends, and nothing if it fails."""
+    with tempfile.NamedTemporaryFile(prefix="dltrain-") as file:
+        yield cast(BinaryIO, file)
+        file.flush()
+        upload(Path(file.name), url)
+
+
+def open_object(url: str, ahead: int = 32 << 20) -> BinaryIO:
+    """The object as a seekable binary file, read ``ahead`` bytes at a time by parallel parts."""
+    store, path = _open(url)
+    if isinstance(store, LocalStore):
+        return store._file(path).open("rb")
+    return cast(BinaryIO, io.BufferedReader(ObjectFile(store, path), ahead))
+
+
+def delete(url: str) -> None:
+    """Remove the object, if there is one."""
+    store, path = _open(url)
+    store.delete(path)
+
+
+def stat(url: str) -> ObjectInfo:
+    """Size in bytes, and the tag that changes with the content."""
+    store, path = _open(url)
+    return store.stat(path)
+
+
 def size(url: str) -> int:
     """Bytes of the object."""
-    store, path = _open(url)
-    return store.size(path)
+    return stat(url).size
 
 
 def exists(url: str) -> bool:
     """Whether there is such an object (a folder is none)."""
     try:
-        size(url)
+        stat(url)
     except ObjectNotFound:
         return False
     return True
@@ -48,6 +98,17 @@ def listing(url: str) -> list[str]:
 def join(url: str, name: str) -> str:
     """The URL of ``name`` in the folder ``url``."""
     return f"{url.rstrip('/')}/{name}"
+
+
+def local_path(url: str) -> Path | None:
+    """The file of this host that the URL names, or None for an object elsewhere."""
+    store, path = _open(url)
+    return Path(path) if isinstance(store, LocalStore) else None
+
+
+def is_remote(url: str) -> bool:
+    """Whether the object lies behind a network, so that keeping a copy of it pays."""
+    return url.partition("://")[0] in ("s3", "http", "https")
 
 
 def _open(url: str) -> tuple[Store, str]:
@@ -69,4 +130,8 @@ def _store(scheme: str) -> Store:
         from dltrain.storage.s3 import S3Store  # boto3 is slow to import and not needed for local files
 
         return S3Store()
-    raise UserError(f"no store for {scheme}:// URLs; there are file://, s3:// and memory://")
+    if scheme in ("http", "https"):
+        from dltrain.storage.http import HTTPStore  # nor is urllib3
+
+        return HTTPStore(scheme)
+    raise UserError(f"no store for {scheme}:// URLs; there are file://, s3://, http://, https:// and memory://")

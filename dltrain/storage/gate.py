@@ -1,0 +1,114 @@
+"""How many requests may be in flight: per process, and together on one node.
+
+A process starts with its full number, halves it when a server asks it to slow down, and gains one again for each round
+of successes (additive increase, multiplicative decrease; Chiu and Jain 1989). The node's number is a set of files, each
+locked by one request at a time: the kernel frees a lock when its holder dies, so nothing is left behind by a crash.
+
+    with gate().request():
+        fetch()
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from dltrain.storage.settings import settings
+
+_CALM_SECONDS = 1.0
+"""Several requests fail at once when a server is overrun: that is one reason to halve, not many."""
+
+
+class Gate:
+    """At most ``most`` requests of this process at a time, and at most ``slots`` of the node; 0 slots is no limit."""
+
+    def __init__(self, most: int, slots: int, folder: Path) -> None:
+        self._most = most
+        self._limit = float(most)
+        self._running = 0
+        self._changed = threading.Condition()
+        self._halved_at = -_CALM_SECONDS
+        self._slots = slots
+        self._folder = folder
+        if slots:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def limit(self) -> int:
+        """Requests this process allows itself now."""
+        return max(1, int(self._limit))
+
+    @contextmanager
+    def request(self, small: bool = False) -> Iterator[None]:
+        """Wait for a place, and keep it while the block runs.
+
+        A ``small`` request, which someone waits for, does not queue behind the parts of large ones.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: small or self._running < self.limit)
+            self._running += not small
+        try:
+            with self._slot():
+                yield
+        finally:
+            with self._changed:
+                self._running -= not small
+                self._changed.notify()
+
+    def succeeded(self) -> None:
+        """A request went through: one more is allowed after each round of them."""
+        with self._changed:
+            self._limit = min(float(self._most), self._limit + 1 / self._limit)
+
+    def slow_down(self, now: float) -> None:
+        """The server asked for fewer requests; ``now`` is a monotonic time in seconds."""
+        with self._changed:
+            if now - self._halved_at >= _CALM_SECONDS:
+                self._limit, self._halved_at = max(1.0, self._limit / 2), now
+
+    @contextmanager
+    def _slot(self) -> Iterator[None]:
+        if not self._slots:
+            yield
+            return
+        handle = self._take()
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child forked meanwhile has the file open too
+            os.close(handle)
+
+    def _take(self) -> int:
+        """An open, locked file: any that is free, or else the next turn on one of them."""
+        first = random.randrange(self._slots)
+        for place in range(self._slots):
+            handle = self._open((first + place) % self._slots)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return handle
+            except BlockingIOError:
+                os.close(handle)
+        handle = self._open(first)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return handle
+
+    def _open(self, slot: int) -> int:
+        return os.open(self._folder / f"request-{slot:04d}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def gate() -> Gate:
+    """The gate of this process."""
+    mine = settings()
+    return _gate(os.getpid(), mine.in_flight, mine.node_in_flight)
+
+
+@lru_cache(maxsize=1)
+def _gate(process: int, most: int, slots: int) -> Gate:
+    return Gate(most, slots, Path(tempfile.gettempdir()) / f"dltrain-{os.getuid()}" / "requests")
