@@ -1,13 +1,16 @@
 """A local S3 endpoint: moto's server on the loopback address, spoken to over HTTP by a real client.
 
-with S3Server("digits") as server:
-    subprocess.run(command, env={**os.environ, **server.variables})
+It knows much of S3's interface and has no faults; :mod:`dltrain.testing.faulty_s3` is fast, and has all of them.
+
+    with S3Server("digits") as server:
+        subprocess.run(command, env={**os.environ, **server.variables})
 """
 
 from __future__ import annotations
 
 import os
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from dltrain.errors import UserError
@@ -19,7 +22,7 @@ class S3Server:
     def __init__(self, *buckets: str) -> None:
         self._buckets = buckets
         self._server: Any = None
-        self._before: dict[str, str | None] = {}
+        self._open = ExitStack()
 
     @property
     def url(self) -> str:
@@ -29,12 +32,7 @@ class S3Server:
     @property
     def variables(self) -> dict[str, str]:
         """What a process needs in its environment to speak to this endpoint."""
-        return {
-            "AWS_ENDPOINT_URL": self.url,
-            "AWS_ACCESS_KEY_ID": "local",
-            "AWS_SECRET_ACCESS_KEY": "local",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        return variables(self.url)
 
     def __enter__(self) -> Self:
         try:
@@ -48,28 +46,46 @@ class S3Server:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()
-        self._before = {name: os.environ.get(name) for name in self.variables}
-        os.environ.update(self.variables)
-        forget_client()
+        self._open.callback(self._server.stop)
+        self._open.enter_context(speaking_to(self.variables))
         client = boto3.session.Session().client("s3")
         for bucket in self._buckets:
             client.create_bucket(Bucket=bucket)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for name, value in self._before.items():
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+
+def variables(url: str) -> dict[str, str]:
+    """What a process needs in its environment to speak to a local endpoint."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "local",
+        "AWS_SECRET_ACCESS_KEY": "local",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+@contextmanager
+def speaking_to(variables: Mapping[str, str]) -> Iterator[None]:
+    """The variables set in this process, and put back; clients made before are not used any more."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    forget_client()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
         forget_client()
-        self._server.stop()
 
 
 def forget_client() -> None:
     """Make the next S3 call read endpoint and credentials anew."""
-    from dltrain.storage.s3 import _client_of
+    from dltrain.storage import s3_client
 
-    _client_of.cache_clear()
+    s3_client.forget()
