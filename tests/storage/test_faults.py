@@ -88,7 +88,7 @@ def test_a_tenth_of_requests_told_to_slow_down(server: FaultyS3) -> None:
 def test_an_object_overwritten_during_the_read_is_an_error(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1, in_flight=2).model_dump_json())  # not all 7 parts at once
     storage.write("s3://data/changing", DATA)
-    server.set(Faults(change_etag_after=3, keys="changing"))
+    server.set(Faults(change_etag_after=2, bandwidth=5e6, keys="changing"))
     with pytest.raises(
         ObjectChanged, match=r"s3://data/changing was overwritten while it was being read.*new data set"
     ):
