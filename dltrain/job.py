@@ -22,15 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer, read_state, step_folder
 from dltrain.config import Config, from_tree, load_overrides, split_arguments, to_yaml
+from dltrain.data.dataset import Cache, open_dataset
 from dltrain.data.loader import Loader
-from dltrain.data.order import Order
-from dltrain.data.reader import Dataset, Reach
-from dltrain.data.windows import open_dataset
+from dltrain.data.mixture import MixedDataset, Source
+from dltrain.data.order import Order, SampleOrder
+from dltrain.data.prefetch import Depth
+from dltrain.data.reader import Dataset
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from dltrain.evaluation import evaluate, write_report
 from dltrain.hooks.base import Hook
@@ -83,11 +86,12 @@ def _leave(status: int) -> None:
 def train(job: Job) -> int:
     """Train; returns the exit status. The last line on standard output is the result as one JSON object."""
     started = time.monotonic()
+    storage.configure(job.config.storage)
     with joined(job.config, job.environment) as device, stop_flag() as stop:
         report_ready(job.environment.rank)
         task = job.task(job.config)
-        mesh, on_gpu = build_mesh(job.config.parallel, job.environment, device), device.type == "cuda"
-        data, held_out = _open_data(job.config, task, mesh.data_ranks)
+        mesh = build_mesh(job.config.parallel, job.environment, device)
+        data, held_out = _open_data(job.config, task)
         run: RunFolder = _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset))
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         hooks = _hooks(job, task, run)
@@ -95,8 +99,8 @@ def train(job: Job) -> int:
             job.config,
             task,
             parallelize(task, job.config, mesh, device),
-            _train_loader(job.config, task, data, mesh, on_gpu),
-            evaluation=_evaluation_loader(job.config, task, held_out, mesh, on_gpu) if held_out else None,
+            _train_loader(job, task, data, mesh, device, run.quarantine),
+            evaluation=_evaluation_loader(job, task, held_out, mesh, device) if held_out else None,
             checkpointer=checkpointer,
             hooks=hooks,
             stop=stop,
@@ -111,12 +115,13 @@ def train(job: Job) -> int:
 
 def evaluate_run(job: Job, run: RunFolder) -> int:
     """Score a run's best checkpoint (or its last) on the held-out samples and write its report."""
+    storage.configure(job.config.storage)
     with joined(job.config, job.environment) as device:
         task = job.task(job.config)
         mesh = build_mesh(job.config.parallel, job.environment, device)
         if not job.config.data.evaluation:
             raise UserError("data.evaluation is empty: name the held-out shards with --data.evaluation URL")
-        held_out = _open(job.config, task, job.config.data.evaluation, mesh.data_ranks)
+        held_out = _open(job.config, task, job.config.data.evaluation)
         task.facts = run.read()["facts"]  # the training data's, as when it was trained
         engine = parallelize(task, job.config, mesh, device)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
@@ -124,7 +129,7 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
         if path is None:
             raise UserError(f"the run {run.path} has no checkpoint to evaluate")
         state = checkpointer.load(path, engine)
-        metric = evaluate(engine, task, _evaluation_loader(job.config, task, held_out, mesh, device.type == "cuda"))
+        metric = evaluate(engine, task, _evaluation_loader(job, task, held_out, mesh, device))
         facts = _report_facts(run, state["step"], path, job.config)
         target = write_report(metric, run.report, facts, job.environment)
         if job.environment.is_main:
@@ -159,54 +164,77 @@ def _declared(task: type[Task]) -> Declarations:
     return describe_module(module, name, path, module.__doc__ or "")
 
 
-def _open_data(config: Config, task: Task, ranks: int) -> tuple[Dataset, Dataset | None]:
+def _open_data(config: Config, task: Task) -> tuple[Dataset, Dataset | None]:
     """Training and held-out samples; what the training data say of themselves is what the task knows."""
+    data = _open_training(config, task)
+    task.facts = data.facts
+    return data, _open(config, task, config.data.evaluation) if config.data.evaluation else None
+
+
+def _open_training(config: Config, task: Task) -> Dataset:
+    if config.data.sources:
+        sources = [Source(**source.model_dump()) for source in config.data.sources]
+        return MixedDataset(sources, [_open(config, task, source.url) for source in sources])
     if not config.data.train:
         raise UserError("data.train is empty: name the training shards with --data.train URL, or take a --preset")
-    data = _open(config, task, config.data.train, ranks)
-    task.facts = data.facts
-    return data, _open(config, task, config.data.evaluation, ranks) if config.data.evaluation else None
+    return _open(config, task, config.data.train)
 
 
-def _open(config: Config, task: Task, url: str, ranks: int) -> Dataset:
-    reach = Reach(config.data.lanes, config.data.window, ranks)
-    return open_dataset(url, config.data.memory, task.window(), reach)
-
-
-def _train_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh, pin_memory: bool) -> Loader:
+def _open(config: Config, task: Task, url: str) -> Dataset:
     data = config.data
+    depth = Depth(data.ahead_mib << 20, data.ahead_seconds)
+    return open_dataset(url, task.window(), Cache(data.cache, int(data.cache_gib * (1 << 30)), depth))
+
+
+def _train_loader(job: Job, task: Task, dataset: Dataset, mesh: Mesh, device: torch.device, quarantine: Path) -> Loader:
+    data = job.config.data
     return Loader(
         dataset,
-        Order(dataset.shard_sizes, config.run.seed, data.lanes, data.window),
+        _order(job.config, dataset),
         task.sample,
         global_batch_size=data.global_batch_size,
-        rank=mesh.data_rank,
-        ranks=mesh.data_ranks,
         tail=data.tail,
         augment=True,
         workers=data.workers,
-        prefetch=data.prefetch,
-        start_method=data.start_method,
-        pin_memory=pin_memory,
+        bad_samples=data.bad_samples,
+        quarantine=quarantine / f"rank-{job.environment.rank:05d}.jsonl",
+        **_place(job, mesh, device),
     )
 
 
-def _evaluation_loader(config: Config, task: Task, dataset: Dataset, mesh: Mesh, pin_memory: bool) -> Loader:
-    wanted = config.evaluation.batch_size or config.data.global_batch_size
+def _order(config: Config, dataset: Dataset) -> SampleOrder:
+    data = config.data
+    if isinstance(dataset, MixedDataset):
+        return dataset.order(config.run.seed, data.lanes, data.window)
+    return Order(dataset.shard_sizes, config.run.seed, data.lanes, data.window)
+
+
+def _evaluation_loader(job: Job, task: Task, dataset: Dataset, mesh: Mesh, device: torch.device) -> Loader:
+    data = job.config.data
+    wanted = job.config.evaluation.batch_size or data.global_batch_size
     return Loader(
         dataset,
-        Order(dataset.shard_sizes, config.run.seed, config.data.lanes, config.data.window, shuffle=False),
+        Order(dataset.shard_sizes, job.config.run.seed, data.lanes, data.window, shuffle=False),
         task.sample,
         global_batch_size=max(min(wanted, sum(dataset.shard_sizes)), mesh.data_ranks),
-        rank=mesh.data_rank,
-        ranks=mesh.data_ranks,
         tail="pad",
         epochs=1,
-        workers=config.evaluation.workers,
-        prefetch=config.data.prefetch,
-        start_method=config.data.start_method,
-        pin_memory=pin_memory,
+        workers=job.config.evaluation.workers,
+        **_place(job, mesh, device),
     )
+
+
+def _place(job: Job, mesh: Mesh, device: torch.device) -> dict[str, Any]:
+    """Where a loader runs, among ranks and nodes."""
+    return {
+        "rank": mesh.data_rank,
+        "ranks": mesh.data_ranks,
+        "device": device,
+        "node": job.environment.node,
+        "nodes": job.environment.nodes,
+        "prefetch": job.config.data.prefetch,
+        "start_method": job.config.data.start_method,
+    }
 
 
 T = TypeVar("T")

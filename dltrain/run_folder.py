@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def quarantine(self) -> Path:
+        """Samples that were bad and replaced, a file for each rank that met any."""
+        return self.path / "quarantine"
+
+    @property
     def report(self) -> Path:
         return self.path / "report"
 

@@ -250,6 +250,7 @@ class Trainer:
             "learning_rate": reading.learning_rate,
             "grad_norm": reading.norm,
             **self._meter.read(),
+            **self.loader.seen(),
         }
         self._tell("logged", record)
 
@@ -328,6 +329,7 @@ class Trainer:
 
 
 def _count(task: Task, batch: Batch) -> torch.Tensor:
+    batch = batch.host or batch
     return torch.dot(task.count(batch).to(batch.weight.dtype), batch.weight)
 
 

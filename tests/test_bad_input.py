@@ -93,7 +93,7 @@ def write_digits(folder: Path, labels: dict[str, str] | None = None) -> str:
     if labels is not None:
         import numpy as np
 
-        from dltrain.data.windows import open_dataset
+        from dltrain.data.dataset import open_dataset
 
         dataset = open_dataset(str(folder / "train"))
         with ShardWriter(str(folder / "changed"), samples_per_shard=128) as writer:

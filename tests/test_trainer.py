@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from dltrain.config import Config, load_overrides
 from dltrain.data.batch import Batch
+from dltrain.data.dataset import open_dataset
 from dltrain.data.decode import decode_fields
 from dltrain.data.loader import Loader
 from dltrain.data.order import Order
 from dltrain.data.sample import Sample
-from dltrain.data.windows import open_dataset
 from dltrain.data.writer import ShardWriter
 from dltrain.hooks.base import EVENTS, Hook, Request
 from dltrain.mesh import build_mesh

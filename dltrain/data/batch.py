@@ -14,13 +14,15 @@ class Batch:
     """Samples of one rank in one step.
 
     ``fields`` are tensors with samples first; ``weight`` is float32 [n], 0 for padding and 1 otherwise unless the data
-    says differently; ``position`` is int64 [n], -1 for padding; ``keys`` name the samples.
+    says differently; ``position`` is int64 [n], -1 for padding; ``keys`` name the samples. A batch on a device keeps
+    the one it was copied from as ``host``, so that what the host wants to know costs no synchronisation.
     """
 
     fields: Mapping[str, Tensor]
     weight: Tensor
     keys: tuple[str, ...]
     position: Tensor
+    host: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -30,7 +32,8 @@ class Batch:
         if self.weight.device == device:
             return self
         moved = {name: value.to(device, non_blocking=True) for name, value in self.fields.items()}
-        return replace(self, fields=moved, weight=self.weight.to(device, non_blocking=True))
+        host = self.host or self
+        return replace(self, fields=moved, weight=self.weight.to(device, non_blocking=True), host=host)
 
     def split(self, micro_batch: int) -> Iterator[Batch]:
         """Pieces of at most ``micro_batch`` samples; 0 keeps the batch whole."""

@@ -10,88 +10,40 @@ out batches in order. The cursor moves when a batch is handed out, never when on
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from dltrain.data.batch import Batch
-from dltrain.data.order import Order, sample_key, share, step_span, steps_between
-from dltrain.data.reader import Dataset
-from dltrain.data.sample import Sample
+from dltrain.data.device import moved_ahead
+from dltrain.data.fetch import Bad, Fetch, Fetched, Span, Transform
+from dltrain.data.gauge import Gauge
+from dltrain.data.order import SETTINGS, SampleOrder, step_span, steps_between
+from dltrain.data.reader import Dataset, Streamed
 from dltrain.errors import UserError
-
-Transform = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray[Any, Any]]]
-Span = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A user's mistake met in a worker, carried to the loop without the worker's traceback."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class _Fetch:
-    """Makes one rank's batch of the positions ``[start, stop)``; picklable, for worker processes."""
-
-    dataset: Dataset
-    order: Order
-    transform: Transform
-    rank: int
-    ranks: int
-    size: int
-    augment: bool
-
-    def __getitem__(self, span: Span) -> Batch | _Failure:
-        try:
-            return self._batch(*span)
-        except UserError as error:
-            return _Failure(str(error))
-
-    def _batch(self, start: int, stop: int) -> Batch:
-        """Every rank gets ``size`` samples in every step: where its share is smaller, repeats of weight 0 fill it up,
-        so that ranks stay in step and shapes stay the same."""
-        positions = share(start, stop, self.rank, self.ranks)
-        padded = np.full(self.size, positions[0] if len(positions) else start, dtype=np.int64)
-        padded[: len(positions)] = positions
-        samples = self.dataset.read(*self.order.locate(padded))
-        arrays = [self._decode(sample, position) for sample, position in zip(samples, padded.tolist(), strict=True)]
-        weight = np.zeros(self.size, dtype=np.float32)
-        weight[: len(positions)] = 1.0
-        padded[len(positions) :] = -1
-        return Batch(
-            fields={name: _stack(name, arrays, samples) for name in arrays[0]},
-            weight=torch.from_numpy(weight),
-            keys=tuple(sample.key for sample in samples),
-            position=torch.from_numpy(padded),
-        )
-
-    def _decode(self, sample: Sample, position: int) -> dict[str, np.ndarray[Any, Any]]:
-        if not self.augment:
-            return self.transform(sample, None)
-        key = sample_key(self.order.seed, position)
-        return self.transform(sample, np.random.Generator(np.random.Philox(key=key)))
 
 
 class Loader:
     """An iterator over one rank's batches that can be put at any position.
 
     ``rank`` of ``ranks`` are data ranks. ``epochs=1`` ends after the epoch, padding its last step (evaluation);
-    ``epochs=0`` never ends. ``size`` samples per batch is the largest share of any rank.
+    ``epochs=0`` never ends. A batch has as many samples as the largest share of any rank. ``node`` of ``nodes`` is
+    where this rank runs, for data that are fetched ahead. With ``bad_samples`` up to so many of this rank are replaced,
+    each told in a line of ``quarantine``. On a CUDA ``device`` the next batch is copied while the current one is used.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        order: Order,
+        order: SampleOrder,
         transform: Transform,
         *,
         global_batch_size: int,
@@ -103,12 +55,20 @@ class Loader:
         workers: int = 0,
         prefetch: int = 2,
         start_method: str = "forkserver",
-        pin_memory: bool = False,
+        device: torch.device | None = None,
+        node: int = 0,
+        nodes: int = 1,
+        bad_samples: int = 0,
+        quarantine: Path | None = None,
     ) -> None:
         if global_batch_size < ranks:
             raise UserError(
                 f"data.global_batch_size is {global_batch_size}, smaller than the {ranks} data ranks; "
                 f"give at least {ranks}, or train on fewer ranks"
+            )
+        if tail not in order.tails:
+            raise UserError(
+                f"data.tail is {tail!r}, and the epochs of a mixture's sources do not end together; set data.tail carry"
             )
         if tail == "drop" and order.samples < global_batch_size:
             raise UserError(
@@ -121,30 +81,69 @@ class Loader:
         self._order, self._fingerprint = order, dataset.fingerprint
         self.tail, self._end = tail, epochs * order.samples
         self._workers, self._prefetch, self._start_method = workers, prefetch, start_method
-        self._pin_memory = pin_memory
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._bad_samples, self._quarantine, self._replaced = bad_samples, quarantine, 0
+        self.gauge = Gauge()
+        self.first_batch_seconds = 0.0
+        """From asking for the first batch, of a fresh or a resumed run, to having it."""
+        self._depth: Callable[[], int] = lambda: 0
         size = -(-global_batch_size // ranks)
-        self._fetch = _Fetch(dataset, order, transform, rank, ranks, size, augment)
+        self._fetch = Fetch(dataset, order, transform, rank, ranks, size, augment, replace=bad_samples > 0)
+        if isinstance(dataset, Streamed):
+            dataset.follow(order, node, nodes)
 
     def steps_to(self, end: int, start: int | None = None) -> int:
         """Steps from ``start`` (where it stands, by default) to position ``end``."""
         start = self.position if start is None else start
         return steps_between(start, end, self.samples, self.global_batch_size, self.tail)
 
-    def __iter__(self) -> Generator[Batch, None, None]:
-        spans = self._spans(self.position)
-        batches: Iterator[Batch | _Failure] = map(self._fetch.__getitem__, self._spans(self.position))
-        if self._workers:
-            batches = self._batches_of_workers()
-        try:
-            for span, batch in zip(spans, batches, strict=False):
-                if isinstance(batch, _Failure):
-                    raise UserError(batch.message)
-                self.position = span[1]
-                yield batch.pin_memory() if self._pin_memory and not self._workers else batch
-        finally:
-            _end_workers(batches)
+    def seen(self) -> dict[str, float]:
+        """What the data cost since this was asked last, by names that begin with ``data/``."""
+        depth = {"data/queue_depth": float(self._depth())} if self._workers else {}
+        return {**self.gauge.read(), **depth, "data/first_batch_seconds": self.first_batch_seconds}
 
-    def _batches_of_workers(self) -> Iterator[Batch | _Failure]:
+    def __iter__(self) -> Generator[Batch, None, None]:
+        began = time.perf_counter()
+        spans = self._spans(self.position)
+        fetched: Iterator[Fetched] = map(self._fetch.__getitem__, self._spans(self.position))
+        if self._workers:
+            fetched = self._fetched_by_workers()
+        batches: Iterator[tuple[Span, Batch]] = zip(spans, map(self._accept, fetched), strict=False)
+        if self._device is not None:
+            batches = moved_ahead(batches, self._device)
+        try:
+            for span, batch in batches:
+                self.first_batch_seconds = self.first_batch_seconds or time.perf_counter() - began
+                self.position = span[1]
+                yield batch
+        finally:
+            self._depth = lambda: 0
+            _end_workers(fetched)
+            self._fetch.rest()
+
+    def _accept(self, fetched: Fetched) -> Batch:
+        """A batch that may be handed out. Raises what was met on its way, or when too many samples are bad."""
+        for bad in fetched.bad:
+            self._set_aside(bad)
+        if fetched.batch is None:
+            raise UserError(fetched.error)
+        self.gauge.add(fetched.counts, len(fetched.batch))
+        return fetched.batch if self._workers or self._device is None else fetched.batch.pin_memory()
+
+    def _set_aside(self, bad: Bad) -> None:
+        self._replaced += 1
+        if self._quarantine is not None:
+            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
+            line = {"position": bad.position, "replaced_by": bad.replaced_by, "reason": bad.reason}
+            with self._quarantine.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self._replaced > self._bad_samples:
+            raise UserError(
+                f"{self._replaced} samples of this rank are bad and data.bad_samples allows {self._bad_samples}; "
+                f"mend the data, or allow more; they are listed in {self._quarantine}; the last: {bad.reason}"
+            )
+
+    def _fetched_by_workers(self) -> Iterator[Fetched]:
         with _children_deaf_to_sigterm():
             loader: Any = DataLoader(
                 self._fetch,  # type: ignore[arg-type]
@@ -153,17 +152,19 @@ class Loader:
                 num_workers=self._workers,
                 prefetch_factor=self._prefetch,
                 multiprocessing_context=self._start_method,
-                pin_memory=self._pin_memory,
+                pin_memory=self._device is not None,
                 worker_init_fn=_leave_signals_to_the_rank,
             )
-            return iter(loader)
+            batches = iter(loader)
+        self._depth = batches._data_queue.qsize  # torch offers no public count of what is ready
+        return batches
 
     def peek(self) -> Batch:
         """The batch at the current position, without moving."""
-        batch = self._fetch[next(self._spans(self.position))]
-        if isinstance(batch, _Failure):
-            raise UserError(batch.message)
-        return batch
+        fetched = self._fetch[next(self._spans(self.position))]
+        if fetched.batch is None:
+            raise UserError(fetched.error)
+        return fetched.batch
 
     def _spans(self, position: int) -> Iterator[Span]:
         while not self._end or position < self._end:
@@ -175,29 +176,19 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor: some 200 bytes of JSON, equal on every rank."""
-        order = self._order
-        return {
-            "position": self.position,
-            "samples": order.samples,
-            "seed": order.seed,
-            "lanes": order.lanes,
-            "window": order.window,
-            "shuffle": order.shuffle,
-            "fingerprint": self._fingerprint,
-        }
+        return {"position": self.position, **self._order.state(), "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved cursor. Raises :class:`UserError` when the data or their order are others."""
         mine = self.state_dict()
-        names = {"seed": "run.seed", "lanes": "data.lanes", "window": "data.window", "shuffle": "shuffle"}
         if state["fingerprint"] != mine["fingerprint"]:
             raise UserError(
                 f"the data set has changed since the checkpoint: it has {mine['samples']} samples and fingerprint "
                 f"{mine['fingerprint']}, the checkpoint's had {state['samples']} and {state['fingerprint']}; "
-                "give data.train the data set it was trained on, or start a new run"
+                "give data.train (or data.sources) the data it was trained on, or start a new run"
             )
-        for name, setting in names.items():
-            if state[name] != mine[name]:
+        for name, setting in SETTINGS.items():
+            if name in mine and state[name] != mine[name]:
                 raise UserError(
                     f"{setting} is {mine[name]}, the checkpoint's was {state[name]}: the order of data would change; "
                     f"keep {setting} {state[name]}, or start a new run"
@@ -241,15 +232,3 @@ def _end_workers(batches: Any) -> None:
     for worker in getattr(batches, "_workers", ()):
         if worker.is_alive():
             worker.kill()
-
-
-def _stack(name: str, arrays: list[dict[str, np.ndarray[Any, Any]]], samples: list[Sample]) -> torch.Tensor:
-    values = [np.asarray(array[name]) for array in arrays]
-    for value, sample in zip(values, samples, strict=True):
-        if value.shape != values[0].shape or value.dtype != values[0].dtype:
-            raise UserError(
-                f"field {name!r} of {sample.where} has shape {value.shape} and type {value.dtype}, "
-                f"{samples[0].where} has {values[0].shape} and {values[0].dtype}; "
-                "make them equal in the task's sample()"
-            )
-    return torch.from_numpy(np.stack(values))

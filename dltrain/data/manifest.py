@@ -21,7 +21,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar and its index; sizes in bytes, checksums crc32c."""
+    """One shard and its index; sizes in bytes, checksums crc32c.
+
+    ``format`` is the shard's: tar, tfrecord or recordio. ``url`` is where a shard lies that is not beside the manifest.
+    """
 
     name: str
     samples: int
@@ -30,6 +33,8 @@ class ShardInfo:
     index: str
     index_bytes: int
     index_crc32c: int
+    format: str = "tar"
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,23 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def shard_url(self, shard: int) -> str:
-        return storage.join(self.url, self.shards[shard].name)
+        """Beside the manifest, or where its line says: shards may lie where one may not write."""
+        info = self.shards[shard]
+        return info.url or storage.join(self.url, info.name)
+
+    def index_url(self, shard: int) -> str:
+        return storage.join(self.url, self.shards[shard].index)
 
     def save(self) -> None:
         """Write ``manifest.json``, last of all, so that a data set without one is unfinished."""
-        tree = {"version": VERSION, "facts": self.facts, "shards": [asdict(shard) for shard in self.shards]}
+        tree = {"version": VERSION, "facts": self.facts, "shards": [_line(shard) for shard in self.shards]}
         storage.write(storage.join(self.url, NAME), (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def _line(shard: ShardInfo) -> dict[str, Any]:
+    """A shard's line, without what is as usual."""
+    usual = {"format": "tar", "url": ""}
+    return {name: value for name, value in asdict(shard).items() if usual.get(name) != value}
 
 
 def load_manifest(url: str) -> Manifest:
@@ -80,3 +96,11 @@ def load_manifest(url: str) -> Manifest:
     if not manifest.samples:
         raise UserError(f"the data set at {url} is empty: its manifest lists {len(manifest.shards)} shards, no samples")
     return manifest
+
+
+def known_facts(url: str) -> dict[str, Any]:
+    """The facts of the data set at ``url``, or none where there is no sound manifest to take them from."""
+    try:
+        return load_manifest(url).facts
+    except UserError:  # a folder of somebody else's tars has none, and a broken one is about to be written anew
+        return {}

@@ -17,8 +17,10 @@ ranks continues the same sequence, and a node whose ranks share a residue reads 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,7 @@ Integers = NDArray[np.int64]
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
+_FEW = 8
 _SHARDS, _WINDOWS, _SAMPLES, _STEPS = 1, 2, 3, 4
 
 
@@ -56,7 +59,8 @@ def step_key(seed: int, step: int, rank: int) -> int:
     return derive(seed, _STEPS, step, rank)
 
 
-def _mix_array(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def scramble(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """:func:`mix` of every element."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
@@ -74,11 +78,24 @@ def permute(index: Integers, size: Integers, key: NDArray[np.uint64]) -> Integer
     mask = (np.uint64(1) << half) - np.uint64(1)
     result = index.astype(np.uint64)
     outside = np.arange(len(result))
-    while len(outside):
+    while len(outside) > _FEW:
         walked = _feistel(result[outside], half[outside], mask[outside], key[outside])
         result[outside] = walked
         outside = outside[walked >= size[outside].astype(np.uint64)]
+    for place in outside.tolist():
+        result[place] = _walk(*(int(array[place]) for array in (result, size, half, mask, key)))
     return result.astype(np.int64)
+
+
+def _walk(value: int, size: int, half: int, mask: int, key: int) -> int:
+    """The same for one number: quicker than arrays of a few, which the end of every walk leaves."""
+    while True:
+        left, right = value >> half, value & mask
+        for turn in range(1, _ROUNDS + 1):
+            left, right = right, left ^ (mix(right ^ (key + turn * _GOLDEN & _MASK)) & mask)
+        value = (left << half) | right
+        if value < size:
+            return value
 
 
 def _feistel(
@@ -86,7 +103,7 @@ def _feistel(
 ) -> NDArray[np.uint64]:
     left, right = value >> half, value & mask
     for turn in range(1, _ROUNDS + 1):
-        turned = _mix_array(right ^ (key + np.uint64(turn * _GOLDEN & _MASK)))
+        turned = scramble(right ^ (key + np.uint64(turn * _GOLDEN & _MASK)))
         left, right = right, left ^ (turned & mask)
     return (left << half) | right
 
@@ -130,6 +147,129 @@ def steps_between(position: int, end: int, samples: int, global_batch_size: int,
     )
 
 
+class SampleOrder(Protocol):
+    """What a loader asks of an endless sequence of samples."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order, and of what is random in decoding and augmenting."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch: the unit of lengths in ``ep``."""
+        ...
+
+    @property
+    def lanes(self) -> int:
+        """Places between two neighbours of one lane."""
+        ...
+
+    @property
+    def tails(self) -> tuple[str, ...]:
+        """Policies of an epoch's last batch that make sense for it (see :func:`step_span`)."""
+        ...
+
+    def locate(self, positions: Integers) -> tuple[Integers, Integers]:
+        """Shard, and index within it, of the samples at ``positions`` (int64 [n]); two arrays of the same shape."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a cursor must find unchanged, as small JSON; :data:`SETTINGS` names those the user sets."""
+        ...
+
+
+SETTINGS = {
+    "seed": "run.seed",
+    "lanes": "data.lanes",
+    "window": "data.window",
+    "shuffle": "shuffle",
+    "weights": "data.sources.weight",
+}
+"""Entries of an order's state, by the names of the settings they come from."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One walk over all samples of a data set: its shards laid end to end as a line, and the line cut into lanes."""
+
+    key: int
+    """Of the permutations inside windows."""
+    shards: Integers
+    """In the order of the line."""
+    starts: Integers
+    """Where each of them begins on the line."""
+    lane_starts: Integers
+    """Where each lane begins on the line, [lanes]."""
+    lane_sizes: Integers
+    lane_before: Integers
+    """Samples of each lane that earlier passes took, [lanes]."""
+
+
+def lay_out(
+    sizes: Integers, seed: int, epoch: int, lane_sizes: Integers, lane_before: Integers, first_shard: int = 0
+) -> Pass:
+    """The pass over shards of ``sizes`` in ``epoch``; epoch -1 keeps the shards in the manifest's order.
+
+    Shards are numbered from ``first_shard``.
+    """
+    shards = np.arange(len(sizes), dtype=np.int64)
+    if epoch >= 0:
+        key = np.full(len(sizes), derive(seed, _SHARDS, epoch), dtype=np.uint64)
+        shards = permute(shards, np.full(len(sizes), len(sizes), dtype=np.int64), key)
+    ordered = sizes[shards]
+    starts, lane_starts = np.cumsum(ordered) - ordered, np.cumsum(lane_sizes) - lane_sizes
+    return Pass(derive(seed, _WINDOWS, epoch), shards + first_shard, starts, lane_starts, lane_sizes, lane_before)
+
+
+class Passes:
+    """Some passes on one line, each beginning where the one before it ends, so that one search finds samples of all."""
+
+    def __init__(self, parts: Sequence[Pass]) -> None:
+        sizes = [int(part.lane_sizes.sum()) for part in parts]
+        begins = np.cumsum([0, *sizes[:-1]])
+        self._keys = np.array([part.key for part in parts], dtype=np.uint64)
+        self._shards = np.concatenate([part.shards for part in parts])
+        self._starts = np.concatenate([part.starts + begin for part, begin in zip(parts, begins, strict=True)])
+        # [passes, lanes] each
+        self._lane_starts = np.stack([part.lane_starts for part in parts]) + begins[:, None]
+        self._lane_sizes = np.stack([part.lane_sizes for part in parts])
+        self._lane_before = np.stack([part.lane_before for part in parts])
+
+    def find(self, which: Integers, lane: Integers, taken: Integers, window: int) -> tuple[Integers, Integers]:
+        """Shard and index of samples, each in pass ``which`` when ``taken`` of its ``lane`` went before it.
+
+        ``window`` samples are permuted together; 0 permutes none. All arrays are int64 [n].
+        """
+        start, size = self._lane_starts[which, lane], self._lane_sizes[which, lane]
+        place = taken - self._lane_before[which, lane]
+        line = start + (_shuffle_windows(place, size, lane, window, self._keys[which]) if window else place)
+        at = np.searchsorted(self._starts, line, side="right") - 1
+        return self._shards[at], line - self._starts[at]
+
+
+class Walks:
+    """Passes by number, made when they are asked for; the last ``keep`` stay, each as large as the list of shards."""
+
+    def __init__(self, make: Callable[[int], Pass], keep: int) -> None:
+        self.one = lru_cache(maxsize=keep)(make)
+        self._some = lru_cache(maxsize=2)(lambda numbers: Passes([self.one(number) for number in numbers]))
+
+    def some(self, numbers: tuple[int, ...]) -> Passes:
+        """The passes of these numbers together."""
+        return self._some(numbers)
+
+
+def _shuffle_windows(
+    place: Integers, lane_size: Integers, lane: Integers, window: int, key: NDArray[np.uint64]
+) -> Integers:
+    """Places in their lanes, permuted inside windows of ``window`` samples."""
+    number, inside = np.divmod(place, window)
+    size = np.minimum(window, lane_size - number * window)
+    key = scramble(scramble(key ^ lane.astype(np.uint64)) + number.astype(np.uint64))
+    return number * window + permute(inside, size, key)
+
+
 @dataclass(frozen=True)
 class Order:
     """The endless sequence of samples of one data set under one seed.
@@ -145,52 +285,52 @@ class Order:
     shuffle: bool = True
 
     @property
+    def tails(self) -> tuple[str, ...]:
+        return ("carry", "drop", "pad")
+
+    @cached_property
     def samples(self) -> int:
         """N, the samples of one epoch."""
-        return _total(self.shard_sizes)
+        return sum(self.shard_sizes)
 
     def locate(self, positions: Integers) -> tuple[Integers, Integers]:
         """Shard, and index within it, of the samples at ``positions`` (int64 [n]); two arrays of the same shape."""
-        shards = np.empty_like(positions)
-        indices = np.empty_like(positions)
         epochs, places = np.divmod(positions, self.samples)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            line = self._line(int(epoch), places[inside])
-            shards[inside], indices[inside] = self._from_line(int(epoch), line)
-        return shards, indices
-
-    def _line(self, epoch: int, places: Integers) -> Integers:
-        """Index on the line of the epoch's shards."""
-        short, longer = divmod(self.samples, self.lanes)
-        place, lane = np.divmod(places, self.lanes)
-        lane_start = lane * short + np.minimum(lane, longer)
+        taken, lane = np.divmod(places, self.lanes)
         if not self.shuffle:
-            return lane_start + place
-        lane_size = short + (lane < longer)
-        window, inside = np.divmod(place, self.window)
-        window_size = np.minimum(self.window, lane_size - window * self.window)
-        epoch_key = np.uint64(derive(self.seed, _WINDOWS, epoch))
-        key = _mix_array(_mix_array(epoch_key ^ lane.astype(np.uint64)) + window.astype(np.uint64))
-        return lane_start + window * self.window + permute(inside, window_size, key)
+            return self._walks.some((-1,)).find(np.zeros_like(lane), lane, taken, 0)
+        numbers, which = distinct(epochs)
+        return self._walks.some(numbers).find(which, lane, taken, self.window)
 
-    def _from_line(self, epoch: int, line: Integers) -> tuple[Integers, Integers]:
-        shards, starts = _shard_line(self.shard_sizes, self.seed, epoch if self.shuffle else -1)
-        place = np.searchsorted(starts, line, side="right") - 1
-        return shards[place], line - starts[place]
+    def walk(self, epoch: int) -> Pass:
+        """The epoch's line of shards and its lanes."""
+        return self._walks.one(epoch if self.shuffle else -1)
+
+    def state(self) -> dict[str, Any]:
+        """What a cursor must find unchanged."""
+        mine = {"seed": self.seed, "lanes": self.lanes, "window": self.window, "shuffle": self.shuffle}
+        return {"samples": self.samples, **mine}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return fields_of(self)
+
+    @cached_property
+    def _walks(self) -> Walks:
+        sizes, seed = np.asarray(self.shard_sizes, dtype=np.int64), self.seed
+        short, longer = divmod(self.samples, self.lanes)
+        lane_sizes = short + (np.arange(self.lanes, dtype=np.int64) < longer)
+        nothing = np.zeros_like(lane_sizes)
+        return Walks(lambda epoch: lay_out(sizes, seed, epoch, lane_sizes, nothing), keep=4)
 
 
-@lru_cache(maxsize=64)
-def _total(sizes: tuple[int, ...]) -> int:
-    return sum(sizes)
+def distinct(values: Integers) -> tuple[tuple[int, ...], Integers]:
+    """The different values, ascending, and for each element the number of its own."""
+    if len(values) and (values == values[0]).all():
+        return (int(values[0]),), np.zeros_like(values)
+    numbers, which = np.unique(values, return_inverse=True)
+    return tuple(numbers.tolist()), which
 
 
-@lru_cache(maxsize=8)
-def _shard_line(sizes: tuple[int, ...], seed: int, epoch: int) -> tuple[Integers, Integers]:
-    """The epoch's shards in order, and where each starts on the line; epoch -1 keeps the manifest's order."""
-    shards = np.arange(len(sizes), dtype=np.int64)
-    if epoch >= 0:
-        key = np.full(len(sizes), derive(seed, _SHARDS, epoch), dtype=np.uint64)
-        shards = permute(shards, np.full(len(sizes), len(sizes), dtype=np.int64), key)
-    ordered = np.asarray(sizes, dtype=np.int64)[shards]
-    return shards, np.cumsum(ordered) - ordered
+def fields_of(instance: Any) -> dict[str, Any]:
+    """A dataclass's own fields: what is pickled, without what it has worked out."""
+    return {field.name: getattr(instance, field.name) for field in fields(instance)}

@@ -1,8 +1,7 @@
 """Reading samples by shard and index.
 
-Where the shards that are read in turn fit the memory budget, they are read whole, by parallel ranged reads, and checked
-once against the manifest's checksum; else the wanted members are read by their byte ranges, each checked against the
-index. Either way a damaged byte is an error that names the shard, the key and the offset.
+Every byte handed out has been compared with its checksum: a damaged one is fetched again where that may help, and is an
+error that names shard, key and offset where it does not.
 
     dataset = open_dataset("s3://bucket/digits/train")
     samples = dataset.read(*Order(dataset.shard_sizes).locate(np.arange(64)))
@@ -10,32 +9,24 @@ index. Either way a damaged byte is an error that names the shard, the key and t
 
 from __future__ import annotations
 
-import math
-import os
+import time
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import google_crc32c
 import numpy as np
 
-from dltrain import storage
-from dltrain.data.index import ShardIndex, Span
-from dltrain.data.manifest import Manifest, load_manifest
-from dltrain.data.order import Integers
-from dltrain.data.sample import Sample
+from dltrain.data.files import ShardFiles
+from dltrain.data.index import Member, ShardIndex
+from dltrain.data.manifest import Manifest
+from dltrain.data.order import Integers, SampleOrder
+from dltrain.data.route import Line, Route
+from dltrain.data.sample import BadSample, Sample
 from dltrain.errors import UserError
+from dltrain.storage.counters import count
 
-GAP_BYTES = 64 << 10
-"""Ranges closer than this are fetched by one request."""
-
-PARALLEL_READS = 8
-INDEXES_KEPT = 256
-
-V = TypeVar("V")
+INDEXES_KEPT = 1024
 
 
 class Dataset(Protocol):
@@ -57,103 +48,114 @@ class Dataset(Protocol):
         ...
 
     def read(self, shards: Integers, indices: Integers) -> list[Sample]:
-        """The samples at ``(shards[i], indices[i])``, in that order."""
+        """The samples at ``(shards[i], indices[i])``, in that order. Raises :class:`BadSample`."""
+        ...
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A data set that fetches ahead when it knows the way."""
+
+    def follow(self, order: SampleOrder, node: int, nodes: int) -> None:
+        """The order in which this node, one of ``nodes``, is going to read."""
+        ...
+
+    def advance(self, position: int) -> None:
+        """The next batch begins at this position."""
+        ...
+
+    def rest(self) -> None:
+        """No one reads for now."""
         ...
 
 
 class ShardReader:
-    """Bytes of a data set's shards, with a bounded memory of whole shards and of indexes."""
+    """Members of a data set's shards, checked; a bounded number of indexes is kept."""
 
-    def __init__(self, manifest: Manifest, memory: int, shards_in_use: int = 1) -> None:
+    def __init__(self, manifest: Manifest, files: ShardFiles) -> None:
         self.manifest = manifest
-        self._memory = memory
-        # whole shards only where all that are read in turn fit: else each would push out the next one needed
-        largest = max((shard.bytes for shard in manifest.shards), default=0)
-        self._holds_whole = min(shards_in_use, len(manifest.shards)) * largest <= memory
-        self._whole: OrderedDict[int, bytes | bytearray] = OrderedDict()
+        self.files = files
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_whole": OrderedDict(), "_indexes": OrderedDict()}
+        return {**self.__dict__, "_indexes": OrderedDict()}
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, read when first asked for."""
-        return _remember(self._indexes, shard, self._load_index, lambda: len(self._indexes) > INDEXES_KEPT)
+        return self.indexes([shard])[0]
 
-    def read(self, shard: int, spans: list[Span], keys: list[str]) -> list[memoryview]:
-        """The bytes of each span (whole members of the samples ``keys``), checked."""
-        if self._holds_whole:
-            data = memoryview(self._load_whole(shard))
-            return [data[span.start : span.stop] for span in spans]
-        pieces = self.read_ranges(shard, spans)
-        for span, piece, key in zip(spans, pieces, keys, strict=True):
-            self._check(shard, span, piece, key)
-        return pieces
+    def indexes(self, shards: Sequence[int]) -> list[ShardIndex]:
+        """The indexes of several shards; those not read before are fetched at the same time."""
+        missing = [shard for shard in dict.fromkeys(shards) if shard not in self._indexes]
+        if missing:
+            loaded = zip(missing, self.files.indexes(missing), strict=True)
+            self._indexes.update((shard, self._parse(shard, data)) for shard, data in loaded)
+        found = [self._indexes[shard] for shard in shards]
+        while len(self._indexes) > INDEXES_KEPT:
+            self._indexes.popitem(last=False)
+        return found
 
-    def read_part(self, shard: int, start: int, stop: int) -> memoryview:
-        """Bytes inside a member; unchecked where the shard is not held whole, for checksums cover whole members."""
-        if self._holds_whole:
-            return memoryview(self._load_whole(shard))[start:stop]
-        return self.read_ranges(shard, [Span(start, stop, 0)])[0]
+    def samples(self, shards: Sequence[int], indices: Sequence[int]) -> list[Sample]:
+        """Whole samples. Raises :class:`BadSample` naming the first that is damaged."""
+        groups: dict[int, list[int]] = {}
+        for place, shard in enumerate(shards):
+            groups.setdefault(shard, []).append(place)
+        tables = self.indexes(list(groups))
+        wanted = [
+            [table.members(indices[place]) for place in places]
+            for table, places in zip(tables, groups.values(), strict=True)
+        ]
+        pieces = self.files.read(
+            [
+                (shard, [(start, size) for members in samples for _, start, size, _ in members])
+                for shard, samples in zip(groups, wanted, strict=True)
+            ]
+        )
+        found: list[Any] = [None] * len(shards)
+        for (shard, places), table, samples, data in zip(groups.items(), tables, wanted, pieces, strict=True):
+            for place, fields in zip(places, self._checked(shard, samples, data), strict=True):
+                found[place] = Sample(table.key(indices[place]), fields, self.manifest.shard_url(shard))
+        return found
 
-    def _load_whole(self, shard: int) -> bytes | bytearray:
-        def too_much() -> bool:
-            return sum(len(data) for data in self._whole.values()) > self._memory
+    def _checked(self, shard: int, samples: list[list[Member]], data: list[bytes]) -> list[dict[str, bytes]]:
+        """The fields of each sample, each compared with its checksum."""
+        crc32c, place, found = google_crc32c.value, 0, []
+        for members in samples:
+            fields: dict[str, bytes] = {}
+            for name, _, _, expected in members:
+                piece = data[place]
+                if crc32c(piece) != expected:
+                    piece = self._read_again(shard, members[len(fields)])
+                fields[name] = piece
+                place += 1
+            found.append(fields)
+        return found
 
-        return _remember(self._whole, shard, self._read_whole, too_much)
+    def _read_again(self, shard: int, member: Member) -> bytes:
+        """A damaged piece once more, from the source if there is one behind the copy."""
+        _, start, size, expected = member
+        piece = b""
+        if self.files.renew(shard):
+            piece = self.files.read([(shard, [(start, size)])])[0][0]
+            if google_crc32c.value(piece) == expected:
+                return piece
+        raise self._damage(shard, member, len(piece) or len(self.files.read([(shard, [(start, size)])])[0][0]))
 
-    def _read_whole(self, shard: int) -> bytes | bytearray:
-        info, url = self.manifest.shards[shard], self.manifest.shard_url(shard)
-        data = storage.read(url, 0, info.bytes)
-        if len(data) < info.bytes:
-            raise UserError(f"shard {url} is truncated: it has {len(data)} bytes where its manifest says {info.bytes}")
-        if google_crc32c.value(bytes(data)) != info.crc32c:
-            self._find_damage(shard, memoryview(data))
-        return data
-
-    def _find_damage(self, shard: int, data: memoryview) -> None:
-        index = self.index(shard)
-        for place, key in enumerate(index.keys):
-            for span in index.fields(place).values():
-                self._check(shard, span, data[span.start : span.stop], key)
-        raise UserError(
-            f"shard {self.manifest.shard_url(shard)} is not the one its manifest describes "
-            "(checksum differs outside its members); write or index the data set anew"
+    def _damage(self, shard: int, member: Member, got: int) -> BadSample:
+        name, start, size, _ = member
+        url, index = self.manifest.shard_url(shard), self.index(shard)
+        key = index.key(int(np.searchsorted(index.first, np.searchsorted(index.offset, start), side="right")) - 1)
+        if got < size:
+            return BadSample(
+                f"shard {url} is truncated: field {name!r} of sample {key!r} should end at byte {start + size}"
+            )
+        return BadSample(
+            f"sample {key!r} of shard {url} is damaged (checksum of field {name!r}, bytes {start}-{start + size}); "
+            "write the shard anew"
         )
 
-    def _check(self, shard: int, span: Span, piece: memoryview, key: str) -> None:
-        url = self.manifest.shard_url(shard)
-        if len(piece) < span.stop - span.start:
-            raise UserError(f"shard {url} is truncated: sample {key!r} should end at byte {span.stop}")
-        if google_crc32c.value(bytes(piece)) != span.crc32c:
-            raise UserError(
-                f"sample {key!r} of shard {url} is damaged (checksum of bytes {span.start}-{span.stop}); "
-                "write the shard anew"
-            )
-
-    def read_ranges(self, shard: int, spans: list[Span]) -> list[memoryview]:
-        """Bytes of each span, unchecked: neighbouring spans by one ranged read, several reads at a time."""
-        url = self.manifest.shard_url(shard)
-        order = sorted(range(len(spans)), key=lambda place: spans[place].start)
-        groups: list[list[int]] = []
-        for place in order:
-            if groups and spans[place].start - max(spans[i].stop for i in groups[-1]) <= GAP_BYTES:
-                groups[-1].append(place)
-            else:
-                groups.append([place])
-
-        def fetch(group: list[int]) -> list[tuple[int, memoryview]]:
-            start, stop = spans[group[0]].start, max(spans[i].stop for i in group)
-            data = memoryview(storage.read(url, start, stop))
-            return [(place, data[spans[place].start - start : spans[place].stop - start]) for place in group]
-
-        pieces = dict(pair for pairs in _pool(os.getpid()).map(fetch, groups) for pair in pairs)
-        return [pieces[place] for place in range(len(spans))]
-
-    def _load_index(self, shard: int) -> ShardIndex:
-        info = self.manifest.shards[shard]
-        url = storage.join(self.manifest.url, info.index)
-        data = storage.read(url, 0, info.index_bytes)
+    def _parse(self, shard: int, data: bytes | bytearray) -> ShardIndex:
+        info, url = self.manifest.shards[shard], self.manifest.index_url(shard)
         if google_crc32c.value(bytes(data)) != info.index_crc32c:
             raise UserError(f"index {url} is damaged or not the one its manifest describes; index the data set anew")
         try:
@@ -171,7 +173,7 @@ class ShardDataset:
     """A data set whose samples are the members of its shards."""
 
     def __init__(self, reader: ShardReader) -> None:
-        self._reader = reader
+        self.reader = reader
         self._sizes = tuple(shard.samples for shard in reader.manifest.shards)
 
     @property
@@ -180,65 +182,30 @@ class ShardDataset:
 
     @property
     def fingerprint(self) -> str:
-        return self._reader.manifest.fingerprint
+        return self.reader.manifest.fingerprint
 
     @property
     def facts(self) -> dict[str, Any]:
-        return self._reader.manifest.facts
+        return self.reader.manifest.facts
 
     def read(self, shards: Integers, indices: Integers) -> list[Sample]:
-        samples: list[Sample | None] = [None] * len(shards)
-        for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard).tolist()
-            for place, sample in zip(places, self._read_shard(int(shard), indices[places].tolist()), strict=True):
-                samples[place] = sample
-        return [sample for sample in samples if sample is not None]
+        began = time.perf_counter()
+        samples = self.reader.samples(shards.tolist(), indices.tolist())
+        count(read_seconds=time.perf_counter() - began)
+        return samples
 
-    def _read_shard(self, shard: int, wanted: list[int]) -> list[Sample]:
-        index, url = self._reader.index(shard), self._reader.manifest.shard_url(shard)
-        fields = [index.fields(sample) for sample in wanted]
-        spans = [span for spans in fields for span in spans.values()]
-        keys = [index.keys[sample] for sample, spans in zip(wanted, fields, strict=True) for _ in spans]
-        pieces = iter(self._reader.read(shard, spans, keys))
-        return [
-            Sample(index.keys[sample], {name: next(pieces) for name in spans}, f"{url}#{index.keys[sample]}")
-            for sample, spans in zip(wanted, fields, strict=True)
-        ]
+    def follow(self, order: SampleOrder, node: int, nodes: int) -> None:
+        follow(self.reader, order, node, nodes)
+
+    def advance(self, position: int) -> None:
+        self.reader.files.advance(position)
+
+    def rest(self) -> None:
+        self.reader.files.rest()
 
 
-@dataclass(frozen=True)
-class Reach:
-    """What decides how many shards one rank reads in turn: the order's lanes and window, and the data ranks."""
-
-    lanes: int = 16
-    window: int = 4096
-    ranks: int = 1
-
-    def shards(self, manifest: Manifest) -> int:
-        """Shards under this rank's lanes at one time: those a window touches, in each of its lanes."""
-        samples = max(1, manifest.samples // len(manifest.shards))
-        lanes = self.lanes // math.gcd(self.lanes, self.ranks)
-        return min(len(manifest.shards), lanes * (-(-self.window // samples) + 1))
-
-
-def open_reader(url: str, memory: int = 256, reach: Reach | None = None) -> ShardReader:
-    """A reader of the data set at ``url`` that keeps up to ``memory`` MiB of whole shards."""
-    from dltrain.data.bundled import materialise
-
-    manifest = load_manifest(materialise(url))
-    return ShardReader(manifest, memory << 20, (reach or Reach()).shards(manifest))
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="dltrain-read")
-
-
-def _remember(cache: OrderedDict[int, V], key: int, load: Callable[[int], V], too_much: Callable[[], bool]) -> V:
-    """Least recently used first out, while there is too much and more than one."""
-    if key not in cache:
-        cache[key] = load(key)
-        while too_much() and len(cache) > 1:
-            cache.popitem(last=False)
-    cache.move_to_end(key)
-    return cache[key]
+def follow(reader: ShardReader, order: SampleOrder, node: int, nodes: int) -> None:
+    """Show the reader's files the way of one node, where the order walks a single line of shards."""
+    if isinstance(order, Line):
+        sizes = np.array([shard.bytes for shard in reader.manifest.shards], dtype=np.int64)
+        reader.files.follow(Route(order, sizes, node, nodes))

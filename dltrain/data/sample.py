@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dltrain.errors import UserError
 
-@dataclass(frozen=True)
+
+class BadSample(UserError):
+    """A sample that cannot be read as it was written: damaged, cut off, or not to be decoded."""
+
+
+@dataclass(slots=True)
 class Sample:
-    """Fields by extension (``{"png": bytes, "cls": bytes}``), the sample's key, and where it came from."""
+    """Fields by extension (``{"png": bytes, "cls": bytes}``), the sample's key, and the URL of its shard."""
 
     key: str
     fields: dict[str, Any]
-    where: str
-    """URL of the shard and key, for messages."""
+    shard: str
+
+    @property
+    def where(self) -> str:
+        """URL of the shard and key, for messages."""
+        return f"{self.shard}#{self.key}"

@@ -9,16 +9,19 @@ are counted and addressed by arithmetic and read by byte range, so that a series
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dltrain.data.index import Span
-from dltrain.data.order import Integers
-from dltrain.data.reader import Dataset, Reach, ShardDataset, ShardReader, open_reader
+from dltrain.data.files import Range
+from dltrain.data.order import Integers, SampleOrder
+from dltrain.data.reader import ShardReader, follow
 from dltrain.data.sample import Sample
 from dltrain.errors import UserError
+from dltrain.storage.counters import count
 
 _HEADER_BYTES = 128  # of every .npy with up to two dimensions
 
@@ -42,14 +45,16 @@ class Window:
 
 
 @dataclass(frozen=True)
-class _Series:
-    """One member: where its values begin, their type, and its windows."""
+class _Shard:
+    """The series of one shard, one after the other: where their values begin, and where their windows end."""
 
-    sample: int
-    start: int
-    dtype: np.dtype[Any]
-    channels: int
-    steps: int
+    start: NDArray[np.int64]  # [series], byte of the first value
+    row: NDArray[np.int64]  # [series], bytes of one step
+    ends: NDArray[np.int64]  # [series], windows up to and with each
+    kind: NDArray[np.int64]  # [series], place in `kinds`
+    kinds: tuple[tuple[np.dtype[Any], int], ...]
+    """Type, and number of channels."""
+    longest: int
 
 
 class WindowDataset:
@@ -57,14 +62,13 @@ class WindowDataset:
     that stand beside its series."""
 
     def __init__(self, reader: ShardReader, window: Window) -> None:
-        self._reader = reader
+        self.reader = reader
         self._window = window
-        self._series = [self._scan(shard) for shard in range(len(reader.manifest.shards))]
-        counts = [[window.count(series.steps) for series in shard] for shard in self._series]
-        self._ends = [np.cumsum(shard) for shard in counts]
-        self._sizes = tuple(sum(shard) for shard in counts)
+        self._shards = [self._scan(shard) for shard in range(len(reader.manifest.shards))]
+        self._sizes = tuple(int(shard.ends[-1]) if len(shard.ends) else 0 for shard in self._shards)
+        self._checked: set[tuple[int, int]] = set()
         if not sum(self._sizes):
-            longest = max((series.steps for shard in self._series for series in shard), default=0)
+            longest = max((shard.longest for shard in self._shards), default=0)
             raise UserError(
                 f"no series of {reader.manifest.url} holds a window of {window.lookback} + {window.horizon} steps "
                 f"(the longest has {longest}); make the lookback or the horizon shorter"
@@ -77,61 +81,111 @@ class WindowDataset:
     @property
     def fingerprint(self) -> str:
         window = self._window
-        return f"{self._reader.manifest.fingerprint}/{window.lookback}+{window.horizon}/{window.stride}"
+        return f"{self.reader.manifest.fingerprint}/{window.lookback}+{window.horizon}/{window.stride}"
 
     @property
     def facts(self) -> dict[str, Any]:
-        return self._reader.manifest.facts
+        return self.reader.manifest.facts
+
+    def follow(self, order: SampleOrder, node: int, nodes: int) -> None:
+        follow(self.reader, order, node, nodes)
+
+    def advance(self, position: int) -> None:
+        self.reader.files.advance(position)
+
+    def rest(self) -> None:
+        self.reader.files.rest()
 
     def read(self, shards: Integers, indices: Integers) -> list[Sample]:
-        return [self._read_one(shard, index) for shard, index in zip(shards.tolist(), indices.tolist(), strict=True)]
+        began = time.perf_counter()
+        samples: list[Any] = [None] * len(shards)
+        order = np.argsort(shards, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            found = self._read_shard(int(shards[group[0]]), indices[group])
+            for place, sample in zip(group.tolist(), found, strict=True):
+                samples[place] = sample
+        count(read_seconds=time.perf_counter() - began)
+        return samples
 
-    def _read_one(self, shard: int, index: int) -> Sample:
-        place = int(np.searchsorted(self._ends[shard], index, side="right"))
-        series = self._series[shard][place]
-        first = (index - (int(self._ends[shard][place - 1]) if place else 0)) * self._window.stride
-        row = series.dtype.itemsize * series.channels
-        start = series.start + first * row
-        data = self._reader.read_part(shard, start, start + self._window.steps * row)
-        values = np.frombuffer(data, dtype=series.dtype).reshape(self._window.steps, series.channels)
-        table = self._reader.index(shard)
-        key = table.keys[series.sample]
-        spans = {name: span for name, span in table.fields(series.sample).items() if name != self._window.field}
-        beside = self._reader.read(shard, list(spans.values()), [key] * len(spans)) if spans else []
-        where = f"{self._reader.manifest.shard_url(shard)}#{key}@{first}"
-        return Sample(f"{key}@{first}", {"values": values, **dict(zip(spans, beside, strict=True))}, where)
+    def _read_shard(self, shard: int, indices: Integers) -> list[Sample]:
+        table, url = self._shards[shard], self.reader.manifest.shard_url(shard)
+        series = np.searchsorted(table.ends, indices, side="right")
+        first = (indices - np.where(series > 0, table.ends[series - 1], 0)) * self._window.stride
+        values = self._values(shard, series, table.start[series] + first * table.row[series])
+        beside = {member: self._beside(shard, member) for member in np.unique(series).tolist()}
+        keys = {member: self.reader.index(shard).key(member) for member in beside}
+        return [
+            Sample(f"{keys[member]}@{step}", {"values": piece, **beside[member]}, url)
+            for member, step, piece in zip(series.tolist(), first.tolist(), values, strict=True)
+        ]
 
-    def _scan(self, shard: int) -> list[_Series]:
-        index = self._reader.index(shard)
-        members = [index.fields(sample).get(self._window.field) for sample in range(len(index))]
-        for key, span in zip(index.keys, members, strict=True):
-            if span is None:
-                url = self._reader.manifest.shard_url(shard)
-                raise UserError(f"sample {key!r} of {url} has no field {self._window.field!r} to take windows from")
-        spans = [span for span in members if span is not None]
-        heads = self._reader.read_ranges(shard, [Span(s.start, min(s.start + _HEADER_BYTES, s.stop), 0) for s in spans])
-        found = []
-        for sample, (key, span, head) in enumerate(zip(index.keys, spans, heads, strict=True)):
-            header = io.BytesIO(bytes(head))
-            shape, order, dtype = _read_header(header, key)
-            if order or len(shape) not in (1, 2):
-                raise UserError(f"series {key!r} has shape {shape}: windows need [steps] or [steps, channels], C order")
-            found.append(_Series(sample, span.start + header.tell(), dtype, (*shape, 1)[1], shape[0]))
-        return found
+    def _values(self, shard: int, series: Integers, starts: Integers) -> list[NDArray[Any]]:
+        """The windows that begin at these bytes, each [steps, channels]; series of one kind are read together."""
+        table, steps, values = self._shards[shard], self._window.steps, [np.empty(0)] * len(series)
+        for kind in np.unique(table.kind[series]).tolist():
+            mine = np.flatnonzero(table.kind[series] == kind)
+            dtype, channels = table.kinds[kind]
+            rows = self.reader.files.rows(shard, starts[mine].tolist(), steps * channels * dtype.itemsize)
+            for place, piece in zip(mine.tolist(), rows.view(dtype).reshape(-1, steps, channels), strict=True):
+                values[place] = piece
+        return values
+
+    def _beside(self, shard: int, series: int) -> dict[str, Any]:
+        """The other fields of a series. Where its shard has not been checked on the way here, the series is, once: its
+        checksum covers the whole member, and a window is a part of it."""
+        members = self.reader.index(shard).members(series)
+        others = [member for member in members if member[0] != self._window.field]
+        if self.reader.files.local and (shard, series) not in self._checked:
+            self.reader.samples([shard], [series])
+            self._checked.add((shard, series))
+        if not others:
+            return {}
+        whole = self.reader.samples([shard], [series])[0].fields
+        return {name: whole[name] for name, *_ in others}
+
+    def _scan(self, shard: int) -> _Shard:
+        index = self.reader.index(shard)
+        spans = [self._member(shard, sample) for sample in range(len(index))]
+        heads = self.reader.files.peek([(shard, [(start, min(size, _HEADER_BYTES)) for start, size in spans])])[0]
+        found = [_read_header(head, index.key(sample)) for sample, head in enumerate(heads)]
+        kinds = list(dict.fromkeys((header.dtype, header.channels) for header in found))
+        return _Shard(
+            start=np.array([start + h.bytes for (start, _), h in zip(spans, found, strict=True)], dtype=np.int64),
+            row=np.array([header.dtype.itemsize * header.channels for header in found], dtype=np.int64),
+            ends=np.cumsum([self._window.count(header.steps) for header in found], dtype=np.int64),
+            kind=np.array([kinds.index((header.dtype, header.channels)) for header in found], dtype=np.int64),
+            kinds=tuple(kinds),
+            longest=max((header.steps for header in found), default=0),
+        )
+
+    def _member(self, shard: int, sample: int) -> Range:
+        index = self.reader.index(shard)
+        for name, start, size, _ in index.members(sample):
+            if name == self._window.field:
+                return start, size
+        url = self.reader.manifest.shard_url(shard)
+        raise UserError(
+            f"sample {index.key(sample)!r} of {url} has no field {self._window.field!r} to take windows from"
+        )
 
 
-def open_dataset(url: str, memory: int = 256, window: Window | None = None, reach: Reach | None = None) -> Dataset:
-    """The data set at ``url``: of windows where ``window`` is given, of whole samples otherwise.
+@dataclass(frozen=True)
+class _Header:
+    """What stands before the values of a ``.npy``; ``bytes`` is its own length."""
 
-    ``memory`` is in MiB; ``reach`` says how many shards are read in turn.
-    """
-    reader = open_reader(url, memory, reach)
-    return ShardDataset(reader) if window is None else WindowDataset(reader, window)
+    dtype: np.dtype[Any]
+    steps: int
+    channels: int
+    bytes: int
 
 
-def _read_header(file: io.BytesIO, key: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _read_header(head: bytes, key: str) -> _Header:
+    file = io.BytesIO(head)
     try:
         np.lib.format.read_magic(file)
-        return np.lib.format.read_array_header_1_0(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     except ValueError as error:
         raise UserError(f"series {key!r} is not a .npy array: {error}") from None
+    if fortran or len(shape) not in (1, 2):
+        raise UserError(f"series {key!r} has shape {shape}: windows need [steps] or [steps, channels], in C order")
+    return _Header(dtype, shape[0], (*shape, 1)[1], file.tell())

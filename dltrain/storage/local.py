@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,11 +31,12 @@ class LocalStore:
             return file.readinto(buffer)
 
     def write(self, path: str, data: bytes) -> None:
-        self._replace(path, lambda file: file.write(data))
+        with self.create(path) as file:
+            file.write(data)
 
     def upload(self, file: Path, path: str) -> None:
-        with file.open("rb") as source:
-            self._replace(path, lambda target: shutil.copyfileobj(source, target, 16 << 20))
+        with file.open("rb") as source, self.create(path) as target:
+            shutil.copyfileobj(source, target, 16 << 20)
 
     def delete(self, path: str) -> None:
         Path(path).unlink(missing_ok=True)
@@ -42,21 +44,24 @@ class LocalStore:
     def listing(self, path: str) -> list[str]:
         return sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
 
-    def _replace(self, path: str, fill: Callable[[BinaryIO], object]) -> None:
+    @contextmanager
+    def create(self, path: str) -> Iterator[BinaryIO]:
+        """A file beside the target, which takes its name when the block ends, and is removed if it fails."""
         target, temporary = Path(path), ""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            with os.fdopen(handle, "wb") as file:
-                fill(file)
+            with os.fdopen(handle, "w+b") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, target)
         except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        finally:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
 
     @staticmethod
     def _file(path: str) -> Path:

@@ -40,6 +40,8 @@ class S3Store(RangedReads):
 
     def stat(self, path: str) -> ObjectInfo:
         bucket, key = _split(path)
+        if not key:
+            raise ObjectNotFound(f"s3://{path} is a bucket and no object; write s3://BUCKET/KEY")
         answer = _call(path, lambda: _patient().head_object(Bucket=bucket, Key=key, **s3_client.read_extras()))
         return ObjectInfo(int(answer["ContentLength"]), answer.get("ETag", ""))
 

@@ -48,10 +48,15 @@ def upload(file: Path, url: str) -> None:
 @contextmanager
 def create(url: str) -> Iterator[BinaryIO]:
     """A local file to write into, which becomes the object when the block ends, and nothing if it fails."""
-    with tempfile.NamedTemporaryFile(prefix="dltrain-") as file:
-        yield cast(BinaryIO, file)
-        file.flush()
-        upload(Path(file.name), url)
+    store, path = _open(url)
+    if isinstance(store, LocalStore):
+        with store.create(path) as file:
+            yield file
+        return
+    with tempfile.NamedTemporaryFile(prefix="dltrain-") as temporary:
+        yield cast(BinaryIO, temporary)
+        temporary.flush()
+        store.upload(Path(temporary.name), path)
 
 
 def open_object(url: str, ahead: int = 32 << 20) -> BinaryIO:

@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dltrain import storage
+from dltrain.data.dataset import open_dataset
 from dltrain.data.decode import decode_fields
 from dltrain.data.loader import Loader
-from dltrain.data.manifest import load_manifest
 from dltrain.data.order import Order
-from dltrain.data.reader import Reach, ShardDataset, ShardReader
 from dltrain.data.sample import Sample
-from dltrain.data.windows import Window, open_dataset
+from dltrain.data.windows import Window
 from dltrain.data.writer import ShardWriter
 from dltrain.errors import UserError
 
@@ -123,8 +121,7 @@ def test_fields_of_unequal_shape_name_both_samples(tmp_path: Path) -> None:
         next(iter(source))
 
 
-@pytest.mark.parametrize("memory", [256, 0], ids=["whole shards", "ranges"])
-def test_windows_are_the_slices_of_their_series(tmp_path: Path, memory: int) -> None:
+def test_windows_are_the_slices_of_their_series(tmp_path: Path) -> None:
     series = {
         "x": np.arange(20, dtype=np.float32),
         "short": np.zeros(3, np.float32),
@@ -137,7 +134,7 @@ def test_windows_are_the_slices_of_their_series(tmp_path: Path, memory: int) -> 
             buffer = io.BytesIO()
             np.save(buffer, values)
             writer.write(key, {"npy": buffer.getvalue(), "cls": b"1"})
-    dataset = open_dataset(str(tmp_path), memory, Window(lookback=4, horizon=2, stride=3))
+    dataset = open_dataset(str(tmp_path), Window(lookback=4, horizon=2, stride=3))
     # (20 - 6) // 3 + 1 = 5 windows of x, none of short; (7 - 6) // 3 + 1 = 1 of y
     assert dataset.shard_sizes == (5, 1)
     samples = dataset.read(np.array([0, 0, 1]), np.array([4, 1, 0]))
@@ -145,38 +142,22 @@ def test_windows_are_the_slices_of_their_series(tmp_path: Path, memory: int) -> 
     assert samples[0].fields["values"][:, 0].tolist() == [12, 13, 14, 15, 16, 17]
     assert samples[2].fields["values"].tolist() == series["y"][:6].tolist()
     with pytest.raises(UserError, match="longest has 20"):
-        open_dataset(str(tmp_path), memory, Window(lookback=100, horizon=2))
+        open_dataset(str(tmp_path), Window(lookback=100, horizon=2))
 
 
-def test_large_shards_are_read_by_ranges_where_memory_cannot_hold_those_in_use(tmp_path: Path) -> None:
-    with ShardWriter(str(tmp_path), samples_per_shard=20) as writer:
-        for place in range(400):
-            writer.write(f"k{place}", {"bin": bytes(5000)})
-    manifest = load_manifest(str(tmp_path))
-    largest = max(shard.bytes for shard in manifest.shards)
-    assert Reach(lanes=4, window=10, ranks=1).shards(manifest) == 4 * 2
-    assert Reach(lanes=4, window=10, ranks=2).shards(manifest) == 2 * 2
-    for in_use, whole in ((8, True), (9, False)):
-        reader = ShardReader(manifest, 8 * largest, in_use)
-        ShardDataset(reader).read(np.array([0, 5, 9]), np.array([0, 1, 2]))
-        assert len(reader._whole) == (3 if whole else 0)
-
-
-def test_a_window_of_a_long_series_reads_its_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_of_a_long_series_reads_its_own_bytes_alone() -> None:
     import io
 
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(1_000_000, np.float32))
-    with ShardWriter(str(tmp_path)) as writer:
+    with ShardWriter("memory://long") as writer:
         writer.write("long", {"npy": buffer.getvalue(), "cls": b"1"})
-    read, asked = storage.read, []
-    monkeypatch.setattr(
-        storage, "read", lambda url, start=0, stop=None: asked.append((url, start, stop)) or read(url, start, stop)
-    )
-    dataset = open_dataset(str(tmp_path), 0, Window(lookback=64, horizon=32))
+    dataset = open_dataset("memory://long", Window(lookback=64, horizon=32))
+    files, asked = dataset.reader.files, []
+    read = files.read
+    files.read = lambda requests: asked.extend(requests) or read(requests)
     dataset.read(np.array([0]), np.array([500_000]))
-    tars = [stop - start for url, start, stop in asked if url.endswith(".tar")]
-    assert sum(tars) < 1000  # 96 steps of 4 bytes, the header, and the class
+    assert (0, [(512 + 128 + 4 * 500_000, 96 * 4)]) in asked
 
 
 def stuck(sample: Sample, random: np.random.Generator | None) -> dict[str, np.ndarray]:

@@ -11,9 +11,10 @@ import pytest
 import webdataset
 
 from dltrain import storage
-from dltrain.data.index import ShardIndex, scan
+from dltrain.data.dataset import Cache, open_dataset, open_reader
+from dltrain.data.formats.tar import scan
+from dltrain.data.index import ShardIndex
 from dltrain.data.manifest import load_manifest
-from dltrain.data.reader import ShardDataset, ShardReader, open_reader
 from dltrain.data.writer import ShardWriter
 from dltrain.errors import UserError
 from dltrain.testing.s3 import S3Server
@@ -29,26 +30,29 @@ def write(url: str, samples_per_shard: int = 15) -> None:
             writer.write(key, fields)
 
 
-def read_all(url: str, memory: int) -> dict[str, dict[str, bytes]]:
-    dataset = ShardDataset(open_reader(url, memory))
+def read_all(url: str, cache: Cache | None = None) -> dict[str, dict[str, bytes]]:
+    dataset = open_dataset(url, cache=cache)
     places = [(shard, index) for shard, size in enumerate(dataset.shard_sizes) for index in range(size)]
     shards, indices = (np.array(column) for column in zip(*reversed(places), strict=True))
-    samples = dataset.read(shards, indices)
-    return {sample.key: {name: bytes(data) for name, data in sample.fields.items()} for sample in samples}
+    return {sample.key: sample.fields for sample in dataset.read(shards, indices)}
 
 
-@pytest.mark.parametrize("memory", [256, 0], ids=["whole shards", "ranges"])
-def test_samples_come_back_as_written(tmp_path: Path, memory: int) -> None:
+def test_samples_come_back_as_written(tmp_path: Path) -> None:
     write(str(tmp_path))
-    assert read_all(str(tmp_path), memory) == SAMPLES
+    assert read_all(str(tmp_path)) == SAMPLES
 
 
-@pytest.mark.parametrize("memory", [256, 0], ids=["whole shards", "ranges"])
-def test_samples_come_back_from_s3(s3: S3Server, memory: int) -> None:
-    url = f"s3://data/reader-{memory}"
+@pytest.mark.parametrize("cache", ["", "off"], ids=["cached", "ranges"])
+def test_samples_come_back_from_s3(s3: S3Server, cache: str, tmp_path: Path) -> None:
+    url = f"s3://data/reader{tmp_path}"
     write(url)
-    assert read_all(url, memory) == SAMPLES
+    assert read_all(url, Cache(cache or str(tmp_path))) == SAMPLES
     assert storage.listing(url)[0].startswith(f"{url}/")
+
+
+def test_samples_come_back_from_memory() -> None:
+    write("memory://reader")
+    assert read_all("memory://reader") == SAMPLES
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
@@ -72,7 +76,7 @@ def test_tars_of_webdataset_can_be_indexed(cli, tmp_path: Path) -> None:
             sink.write({"__key__": f"folder/{key}", **fields})
     done = cli("shards", "index", str(tmp_path))
     assert done.status == 0, done.err
-    assert read_all(str(tmp_path), 0) == {f"folder/{key}": fields for key, fields in SAMPLES.items()}
+    assert read_all(str(tmp_path)) == {f"folder/{key}": fields for key, fields in SAMPLES.items()}
 
 
 def test_an_index_survives_its_bytes_and_refuses_others() -> None:
@@ -82,44 +86,35 @@ def test_an_index_survives_its_bytes_and_refuses_others() -> None:
             info = tarfile.TarInfo(name)
             info.size = 3
             tar.addfile(info, io.BytesIO(b"xyz"))
-    index = scan(buffer.getvalue())
+    buffer.seek(0)
+    index = scan(buffer, "the tar").index
     again = ShardIndex.from_bytes(index.to_bytes())
-    assert (again.keys, again.extensions) == (("a", "b"), ("txt", "json"))
-    assert [again.fields(place) for place in range(2)] == [index.fields(place) for place in range(2)]
+    assert [again.key(sample) for sample in range(2)] == ["a", "b"]
+    assert [again.members(sample) for sample in range(2)] == [index.members(sample) for sample in range(2)]
+    assert [name for name, *_ in again.members(0)] == ["txt", "json"]
     with pytest.raises(ValueError, match="format"):
         ShardIndex.from_bytes(b'{"format": "other"}\n')
+    with pytest.raises(ValueError, match="bytes instead of"):
+        ShardIndex.from_bytes(index.to_bytes()[:-1])
 
 
-@pytest.mark.parametrize("memory", [256, 0], ids=["whole shards", "ranges"])
-def test_a_changed_byte_names_shard_and_key(tmp_path: Path, memory: int) -> None:
+def test_a_changed_byte_names_shard_and_key(tmp_path: Path) -> None:
     write(str(tmp_path))
-    reader = open_reader(str(tmp_path), memory)
-    span = reader.index(1).fields(3)["bin"]
+    (_, start, _, _), _ = open_reader(str(tmp_path)).index(1).members(3)
     file = tmp_path / "shard-000001.tar"
     data = bytearray(file.read_bytes())
-    data[span.start + 5] ^= 1
+    data[start + 5] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"sample '018' of shard .*shard-000001\.tar is damaged .*bytes \d+-\d+"):
-        read_all(str(tmp_path), memory)
+    with pytest.raises(UserError, match=r"sample '018' of shard .*shard-000001\.tar is damaged .*'bin', bytes \d+-\d+"):
+        read_all(str(tmp_path))
 
 
-@pytest.mark.parametrize("memory", [256, 0], ids=["whole shards", "ranges"])
-def test_a_truncated_shard_is_told(tmp_path: Path, memory: int) -> None:
+def test_a_truncated_shard_is_told(tmp_path: Path) -> None:
     write(str(tmp_path))
     file = tmp_path / "shard-000002.tar"
     file.write_bytes(file.read_bytes()[:9000])
-    with pytest.raises(UserError, match=r"shard-000002\.tar is truncated"):
-        read_all(str(tmp_path), memory)
-
-
-def test_memory_is_bounded(tmp_path: Path) -> None:
-    write(str(tmp_path), samples_per_shard=2)
-    manifest = load_manifest(str(tmp_path))
-    budget = 3 * max(shard.bytes for shard in manifest.shards)
-    reader = ShardReader(manifest, budget)
-    for shard in range(len(manifest.shards)):
-        reader.read_part(shard, 0, 1)
-        assert sum(len(data) for data in reader._whole.values()) <= budget
+    with pytest.raises(UserError, match=r"shard-000002\.tar is truncated: field .* of sample '03\d'"):
+        read_all(str(tmp_path))
 
 
 def test_a_key_cannot_be_written_twice(tmp_path: Path) -> None:

@@ -1,0 +1,259 @@
+"""Shards behind a network, read from the node's cache of them.
+
+A shard that is not there yet is fetched whole, by parallel ranges, by the first process that needs it. Only at the very
+beginning, before the first window has arrived, samples are read by their own ranges where waiting for whole shards
+would take longer: training begins, and goes on after a resume, at once.
+
+    files = CachedFiles(manifest, NodeCache(Path("/tmp/shards")), Depth())
+    files.follow(Route(order, sizes))
+    files.advance(position=0)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from dltrain import storage
+from dltrain.data.cache import Entry, Item, NodeCache, oldest_first
+from dltrain.data.files import Bytes, Handles, RangedFiles, Request, ShardFiles, read_rows, request_pool
+from dltrain.data.manifest import Manifest
+from dltrain.data.prefetch import Depth, Prefetcher
+from dltrain.data.route import Route
+from dltrain.errors import UserError
+from dltrain.storage.counters import count
+from dltrain.storage.settings import settings
+
+_PATIENCE = 1.0
+"""Seconds a first batch may wait for whole shards before its samples are read by ranges."""
+
+_PIECE = 1 << 20
+
+
+_following: weakref.WeakSet[CachedFiles] = weakref.WeakSet()
+"""All files of this process that follow a route: what one of them needs soon, another must not evict."""
+
+
+class CachedFiles(ShardFiles):
+    """Shards by number, each downloaded once per node."""
+
+    def __init__(self, manifest: Manifest, cache: NodeCache, depth: Depth) -> None:
+        self.cache = cache
+        self._manifest, self._depth = manifest, depth
+        self._items = [Item(manifest.shard_url(i), s.bytes, s.crc32c) for i, s in enumerate(manifest.shards)]
+        self._indexes = [
+            Item(manifest.index_url(i), s.index_bytes, s.index_crc32c) for i, s in enumerate(manifest.shards)
+        ]
+        self._damaged: set[int] = set()
+        self._handles = Handles()
+        self._ranged = RangedFiles(manifest)
+        self._route: Route | None = None
+        self._position = 0
+        self._bandwidth = 200e6  # bytes per second, until one has been measured
+        self._shards_by_name: dict[str, int] = {}
+        self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it runs in
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prefetcher": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._route is not None:
+            _following.add(self)
+
+    def follow(self, route: Route) -> None:
+        """Fetch along a route from now on. Raises :class:`UserError` when the cache is too small for all routes."""
+        self._route = route
+        _following.add(self)
+        needed = sum(files._needed() for files in self._neighbours())
+        if self.cache.budget < needed:
+            _following.discard(self)
+            raise UserError(
+                f"the cache {self.cache.folder} may hold {_gib(self.cache.budget)} GiB; two windows of "
+                f"{self._manifest.url} and what is read beside it need {_gib(needed)} GiB: "
+                f"give data.cache_gib at least that, or smaller data.window or data.lanes, or data.cache off"
+            )
+
+    def _needed(self) -> int:
+        """Bytes of two windows and a shard on its way, and of the indexes."""
+        route = self._route
+        if route is None:
+            return 0
+        two_windows = max(route.needed(0), route.needed(1)) + int(route.shard_bytes.max())
+        return min(two_windows, int(route.shard_bytes.sum())) + sum(item.bytes for item in self._indexes)
+
+    def _neighbours(self) -> list[CachedFiles]:
+        """The files of this process that share the cache and follow a route, these among them."""
+        return [files for files in _following if files.cache.folder == self.cache.folder]
+
+    def advance(self, position: int) -> None:
+        """The next batch begins at this position."""
+        if self._route is None:
+            return
+        before, self._position = self._position, position
+        process, prefetcher = self._prefetcher or (0, None)
+        if prefetcher is None or process != os.getpid():
+            prefetcher = Prefetcher(self._route, self._depth, self._holds, self._fetch_ahead, self._threads())
+            self._prefetcher = (os.getpid(), prefetcher)
+            prefetcher.start(position)
+        prefetcher.advance(position)
+        if self._route.window(position) != self._route.window(before):
+            self._handles.close_removed()
+
+    def rest(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher[1].close()
+            self._prefetcher = None
+
+    def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
+        missing = [shard for shard, _ in requests if self._handle(shard) is None]
+        count(cache_hits=len(requests) - len(missing), cache_misses=len(missing))
+        by_ranges = set(missing) if missing and self._is_in_a_hurry(missing) else set()
+        if missing and not by_ranges:
+            handles = list(request_pool(os.getpid(), settings().in_flight).map(self._fetch, missing))
+            for shard, handle in zip(missing, handles, strict=True):
+                self._handles.put(shard, handle)
+        ranged = iter(self._ranged.read([request for request in requests if request[0] in by_ranges]))
+        return [next(ranged) if shard in by_ranges else self._pread(shard, ranges) for shard, ranges in requests]
+
+    def rows(self, shard: int, starts: Sequence[int], size: int) -> Bytes:
+        handle = self._handle(shard)
+        count(cache_hits=handle is not None, cache_misses=handle is None)
+        if handle is None and self._is_in_a_hurry([shard]):
+            return self._ranged.rows(shard, starts, size)
+        return read_rows(self._handles.put(shard, self._fetch(shard)) if handle is None else handle, starts, size)
+
+    def peek(self, requests: Sequence[Request]) -> list[list[bytes]]:
+        return self._ranged.read(requests)
+
+    def indexes(self, shards: Sequence[int]) -> list[bytes | bytearray]:
+        return list(request_pool(os.getpid(), settings().in_flight).map(self._index, shards))
+
+    def renew(self, shard: int) -> bool:
+        if shard in self._damaged:
+            return False
+        self._handles.close(shard)
+        self.cache.drop(self._items[shard])
+        return True
+
+    def _pread(self, shard: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        handle = self._handle(shard)
+        if handle is None:  # closed by a later one of many: open again
+            handle = self._handles.put(shard, self._fetch(shard))
+        pread = os.pread
+        return [pread(handle, size, start) for start, size in ranges]
+
+    def _handle(self, shard: int) -> int | None:
+        handle = self._handles.get(shard)
+        if handle is None:
+            handle = self.cache.find(self._items[shard])
+            if handle is not None:
+                self._handles.put(shard, handle)
+        return handle
+
+    def _is_in_a_hurry(self, missing: Sequence[int]) -> bool:
+        """Whether nothing has been fetched yet and waiting for these shards would be long."""
+        warm = self._prefetcher is None or self._prefetcher[1].warm
+        return not warm and sum(self._items[shard].bytes for shard in missing) > _PATIENCE * self._bandwidth
+
+    def _holds(self, shard: int) -> bool:
+        return self.cache.holds(self._items[shard])
+
+    def _fetch(self, shard: int) -> int:
+        """An open copy of a shard, whatever must go for it."""
+        handle = self.cache.fetch(self._items[shard], partial(self._download, shard), self._victims)
+        if handle is None:
+            raise AssertionError("fetching with waiting ends with a copy or an error")
+        return handle
+
+    def _fetch_ahead(self, shard: int) -> bool:
+        """Bring a shard and its index in, unless another process is at it or what is needed sooner fills the cache."""
+        self._index(shard)
+        until = self._until().get(self._items[shard].name, 0.0)
+        victims = partial(self._victims, later_than=max(1.0, until))
+        handle = self.cache.fetch(self._items[shard], partial(self._download, shard), victims, wait=False)
+        if handle is None:
+            return False
+        os.close(handle)
+        return True
+
+    def _index(self, shard: int) -> bytes:
+        item = self._indexes[shard]
+
+        def fill(view: memoryview) -> None:
+            _read_all(item, view)
+
+        handle = self.cache.fetch(item, fill, self._victims)
+        if handle is None:
+            raise AssertionError("fetching with waiting ends with a copy or an error")
+        try:
+            data = os.pread(handle, item.bytes, 0)
+        finally:
+            os.close(handle)
+        if google_crc32c.value(data) != item.crc32c:
+            self.cache.drop(item)
+            return bytes(storage.read(item.url, 0, item.bytes))  # the reader checks it again
+        return data
+
+    def _download(self, shard: int, view: memoryview) -> None:
+        """Fill a copy and check it; what is damaged on the way is asked for once more."""
+        item = self._items[shard]
+        for _ in range(2):
+            began = time.monotonic()
+            _read_all(item, view)
+            rate = item.bytes / max(time.monotonic() - began, 1e-3)
+            self._bandwidth = 0.7 * self._bandwidth + 0.3 * rate
+            if _crc32c(view) == item.crc32c:
+                return
+        self._damaged.add(shard)  # at its source: the copy is kept, and the reader names the sample when it comes to it
+
+    def _until(self) -> dict[str, float]:
+        """Windows until each of our shards, and its index, is needed, by names in the cache."""
+        if self._route is None:
+            return {}
+        until = self._route.next_use(self._position)
+        return {name: float(until[shard]) for name, shard in self._names().items()}
+
+    def _victims(self, entries: Sequence[Entry], later_than: float = -1.0) -> Sequence[Entry]:
+        """What no one here follows goes first, the oldest first; then what is needed last."""
+        until = {name: windows for files in self._neighbours() for name, windows in files._until().items()}
+        others = oldest_first([entry for entry in entries if entry.name not in until])
+        ours = [(until[entry.name], entry) for entry in entries if until.get(entry.name, -1.0) > later_than]
+        return [*others, *(entry for _, entry in sorted(ours, key=lambda pair: -pair[0]))]
+
+    def _names(self) -> dict[str, int]:
+        if not self._shards_by_name:
+            for items in (self._items, self._indexes):
+                self._shards_by_name.update({item.name: shard for shard, item in enumerate(items)})
+        return self._shards_by_name
+
+    def _threads(self) -> int:
+        """Enough downloads at a time to keep all requests of this process in flight."""
+        mine = settings()
+        parts = max(1, int(np.mean([item.bytes for item in self._items])) // (mine.part_mib << 20))
+        return max(2, min(mine.in_flight, -(-2 * mine.in_flight // parts)))
+
+
+def _read_all(item: Item, view: memoryview) -> None:
+    got = storage.read_into(item.url, 0, view)
+    if got < item.bytes:
+        raise UserError(f"{item.url} is truncated: it has {got} bytes where its manifest says {item.bytes}")
+
+
+def _crc32c(view: memoryview) -> int:
+    """Of all of it, piece by piece: the checksum takes bytes only, and a copy of a whole shard would be large."""
+    crc = 0
+    for start in range(0, len(view), _PIECE):
+        crc = google_crc32c.extend(crc, bytes(view[start : start + _PIECE]))
+    return crc
+
+
+def _gib(size: int) -> str:
+    return f"{-(-size * 1000 // (1 << 30)) / 1000:.3f}"
