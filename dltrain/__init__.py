@@ -18,19 +18,23 @@ _HOMES = {
     "Config": "dltrain.config",
     "Dataset": "dltrain.data.reader",
     "Hook": "dltrain.hooks.base",
+    "Cache": "dltrain.data.dataset",
     "Length": "dltrain.config",
     "Loader": "dltrain.data.loader",
     "Loss": "dltrain.task",
+    "MixedDataset": "dltrain.data.mixture",
     "Order": "dltrain.data.order",
     "Plan": "dltrain.parallel.plan",
     "Request": "dltrain.hooks.base",
     "Sample": "dltrain.task",
     "Section": "dltrain.config",
+    "Source": "dltrain.data.mixture",
     "ShardWriter": "dltrain.data.writer",
     "Task": "dltrain.task",
     "Trainer": "dltrain.trainer",
     "UserError": "dltrain.errors",
     "main": "dltrain.job",
+    "open_dataset": "dltrain.data.dataset",
     "preset": "dltrain.config",
 }
 
@@ -49,7 +53,9 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from dltrain.config import Config, Length, Section, preset
+    from dltrain.data.dataset import Cache, open_dataset
     from dltrain.data.loader import Loader
+    from dltrain.data.mixture import MixedDataset, Source
     from dltrain.data.order import Order
     from dltrain.data.reader import Dataset
     from dltrain.data.writer import ShardWriter

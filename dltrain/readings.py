@@ -110,7 +110,7 @@ class Readings:
             if self._distributed:
                 loss_sum = self._queue[0].values.numbers()[1]
                 requests = self._requests_of(flags) if any(flags) else NOTHING
-            loss = loss_sum / count if count else math.nan
+            loss = loss_sum / count if count else 0.0
             yield Reading(first.step, *first.positions, first.learning_rate, loss, norm, requests)
 
     def flush(self) -> list[Reading]:

@@ -160,6 +160,12 @@ def _weight(fields: Arrays, sample: Sample) -> float:
 
 
 def _stack(name: str, arrays: list[Arrays], samples: list[Sample]) -> torch.Tensor:
+    lacking = next((place for place, array in enumerate(arrays) if name not in array), None)
+    if lacking is not None:
+        raise UserError(
+            f"{samples[lacking].where} has no field {name!r}, which {samples[0].where} has; "
+            "return the same fields from the task's sample()"
+        )
     values = [np.asarray(array[name]) for array in arrays]
     for value, sample in zip(values, samples, strict=True):
         if value.shape != values[0].shape or value.dtype != values[0].dtype:

@@ -11,11 +11,13 @@ out batches in order. The cursor moves when a batch is handed out, never when on
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,7 @@ class Loader:
                 prefetch_factor=self._prefetch,
                 multiprocessing_context=self._start_method,
                 pin_memory=self._device is not None,
-                worker_init_fn=_leave_signals_to_the_rank,
+                worker_init_fn=partial(_prepare_worker, dict(os.environ)),
             )
             batches = iter(loader)
         self._depth = batches._data_queue.qsize  # torch offers no public count of what is ready
@@ -206,8 +208,12 @@ class _Endless:
         return self._spans(self._position)
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process; the rank goes on for some steps and needs its workers."""
+def _prepare_worker(environment: dict[str, str], worker: int) -> None:
+    """Give a worker the rank's environment of now, which that of multiprocessing's server may be older than.
+
+    Ctrl-C and a scheduler's SIGTERM reach every process; the rank goes on for some steps and needs its workers.
+    """
+    os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

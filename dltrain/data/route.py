@@ -118,12 +118,29 @@ def _stops(order: Line, node: int, nodes: int, epoch: int) -> Stops:
     step = gcd(nodes, order.lanes)
     # positions p of this node have p % nodes == node, and a place is p - epoch * N
     lanes = range((node - epoch * order.samples) % step, order.lanes, step)
+    uneven = int(np.ptp(walk.lane_sizes)) > 1
     parts = []
     for begin, size in zip(walk.lane_starts[lanes].tolist(), walk.lane_sizes[lanes].tolist(), strict=True):
         places = np.flatnonzero((ends > begin) & (walk.starts < begin + size) & (ends > walk.starts))
         first = np.maximum(walk.starts[places] - begin, 0) // order.window
         last = (np.minimum(ends[places], begin + size) - 1 - begin) // order.window
+        if uneven:
+            first, last = _on_the_mean(order, first, last, size)
         parts.append(np.stack((first, last, walk.shards[places])))
     table = np.concatenate(parts, axis=1)
     table = table[:, np.argsort(table[0], kind="stable")]
-    return Stops(table[2], table[0], table[1], -(-int(walk.lane_sizes.max()) // order.window))
+    longest = -(-order.samples // order.lanes) if uneven else int(walk.lane_sizes.max())
+    return Stops(table[2], table[0], table[1], -(-longest // order.window))
+
+
+def _on_the_mean(order: Line, first: Integers, last: Integers, size: int) -> tuple[Integers, Integers]:
+    """Windows of a lane of ``size`` as windows of the mean lane, by which a mixture's positions are told.
+
+    Its lanes differ by some percent and end together. A lane may be some samples ahead or behind: so a window early
+    and a window late.
+    """
+    opened, closed = first * order.window, np.minimum((last + 1) * order.window, size) - 1
+    scale = order.samples / (size * order.lanes * order.window)
+    final = (order.samples - 1) // (order.lanes * order.window)
+    early, late = (opened * scale).astype(np.int64) - 1, (closed * scale).astype(np.int64) + 1
+    return np.maximum(0, early), np.minimum(final, late)

@@ -1,7 +1,7 @@
 """Metrics as sums: what a rank has seen is a few float64 tensors that add up over batches and over ranks.
 
 So a score is exact on any number of ranks, costs one reduction at the end, and never needs predictions in one place.
-Samples of weight 0 are padding and count for nothing.
+Samples without a position are padding and count for nothing.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Classification:
         self._worst: list[dict[str, Any]] = []
 
     def update(self, outputs: Tensor, losses: Tensor, batch: Batch) -> None:
-        kept = (batch.weight > 0).cpu()
+        kept = batch.position >= 0
         logits, losses = outputs.detach().float().cpu()[kept], losses.detach().double().cpu()[kept]
         target = batch.fields[self._target].cpu()[kept]
         confidence, predicted = logits.softmax(1).max(1)

@@ -33,7 +33,7 @@ class Forecasting:
         self._worst: list[dict[str, Any]] = []
 
     def update(self, outputs: Tensor, losses: Tensor, batch: Batch) -> None:
-        kept = (batch.weight > 0).cpu()
+        kept = batch.position >= 0
         values = batch.fields["values"].double().cpu()[kept]
         scale = batch.fields["seasonal_error"].double().cpu()[kept]
         past, future = values[:, : self._lookback], values[:, self._lookback :]

@@ -29,6 +29,9 @@ from dltrain.task import Loss, Task
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
+_LEAST_COUNT = 1e-20
+"""A step whose samples all weigh 0 has no gradient, rather than one that is not a number."""
+
 
 class Engine(Protocol):
     """What the loop asks of a layout."""
@@ -98,7 +101,7 @@ class PlainEngine:
         if not self._wrapped.training:
             self._wrapped.train()
         # DDP and FSDP2 average over data ranks; the sum is wanted, for `count` is the global one
-        scale = self._data_ranks / count
+        scale = self._data_ranks / count.clamp(min=_LEAST_COUNT)
         pieces = list(batch.split(self._micro_batch))
         total: Tensor | None = None
         for place, piece in enumerate(pieces):

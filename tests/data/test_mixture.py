@@ -19,7 +19,7 @@ from dltrain.data.loader import Loader
 from dltrain.data.mixture import MixedDataset, MixedOrder, Source, SourceOrder, subset
 from dltrain.data.order import share
 from dltrain.data.route import Route
-from dltrain.data.shares import PERIOD, earliest_deadline_first, make_table, reduced, weights_by_size
+from dltrain.data.shares import reduced
 from dltrain.data.windows import Window
 from dltrain.data.writer import ShardWriter
 from dltrain.errors import UserError
@@ -39,51 +39,13 @@ def mixture(*sources: tuple[tuple[int, ...], int], **settings: int) -> MixedData
     return MixedDataset(made, [InMemory(sizes, name) for name, (sizes, _) in zip(names, sources, strict=True)])
 
 
-def deviations(choice: np.ndarray, weights: tuple[int, ...]) -> np.ndarray:
-    """W times (samples of each source minus its share) after every prefix, [prefixes, sources], in whole numbers."""
-    counts = np.cumsum(choice[:, None] == np.arange(len(weights)), axis=0)
-    return counts * sum(weights) - np.arange(1, len(choice) + 1)[:, None] * np.array(weights)
-
-
-# ---------------------------------------------------------------------------------------------------------- shares
-
-
 def test_golden_vectors_never_change() -> None:
-    assert earliest_deadline_first((3, 2, 1)).tolist() == [0, 1, 0, 1, 0, 2]
-    assert make_table((2, 1), 4, 7).source[:12].tolist() == [0, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 1]
     order = MixedOrder(((4, 0, 3), (5,)), (2, 1), (1, 1), seed=1, lanes=4, window=2)
     assert places(order, range(18)) == [
         (2, 0), (0, 0), (3, 2), (0, 3), (3, 0), (2, 2), (3, 3), (0, 2), (2, 1),
         (3, 1), (0, 1), (2, 0), (0, 0), (0, 1), (3, 4), (2, 1), (3, 0), (0, 2),
     ]  # fmt: skip
     assert places(order, range(10**12, 10**12 + 6)) == [(0, 1), (2, 0), (3, 3), (2, 2), (0, 0), (0, 3)]
-
-
-@given(weights=weight_lists, lanes=st.sampled_from([1, 2, 5, 16]), key=st.integers(0, 99))
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_every_prefix_is_within_one_sample_of_all_shares(weights: tuple[int, ...], lanes: int, key: int) -> None:
-    """|count - p w / W| < 1, that is |count W - p w| < W, in every prefix of three periods, and 0 at their ends."""
-    period = sum(weights)
-    for choice in (earliest_deadline_first(weights), make_table(weights, lanes, key).source):
-        ahead = deviations(np.tile(choice, 3), weights)
-        assert abs(ahead).max() < period
-        assert not ahead[len(choice) - 1 :: len(choice)].any()
-
-
-def test_shares_hold_for_long_periods_and_many_sources() -> None:
-    many = tuple(np.random.default_rng(0).integers(1, 100, 60).tolist())
-    for weights in ((32_769, 32_767), (65_535, 1), (40_000, 20_000, 5_535, 1), reduced(many)):
-        assert abs(deviations(make_table(weights, 16, 3).source, weights)).max() < sum(weights)
-
-
-@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (32_769, 32_767), (7, 2, 1)])
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_every_rank_sees_every_source_in_its_share(weights: tuple[int, ...], ranks: int) -> None:
-    """Weights 1:1 in strict turns would give even ranks the one source and odd ranks the other."""
-    choice = make_table(weights, 16, 0).source[:4096]
-    for rank in range(ranks):
-        seen = np.bincount(choice[rank::ranks], minlength=len(weights)) / (4096 / ranks)
-        assert abs(seen - np.array(weights) / sum(weights)).max() < 0.12
 
 
 @given(weights=weight_lists, seed=st.integers(0, 9), position=st.integers(0, 10**13))
@@ -160,14 +122,6 @@ def test_an_epoch_is_the_size_of_all_sources_and_default_shares_pass_once_over_e
     assert order.counts(order.samples) == [60, 100, 40]
     twice = [place for place in places(order, range(200)) if place[0] == 0]
     assert sorted(twice[:30]) == sorted(twice[30:])
-
-
-def test_shares_by_size_are_rounded_where_they_would_repeat_too_late() -> None:
-    weights = weights_by_size([(1_281_167,), (30_007,)], (1, 1))
-    assert sum(weights) <= PERIOD
-    assert weights[0] / weights[1] == pytest.approx(1_281_167 / 30_007, rel=1e-3)
-    with pytest.raises(UserError, match=r"smallest of data\.sources has 10 of 1000000010 samples"):
-        weights_by_size([(10**9,), (10,)], (1, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------- lanes

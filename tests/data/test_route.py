@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dltrain.data.mixture import MixedOrder, SourceOrder
 from dltrain.data.order import Order
 from dltrain.data.route import Route
 
@@ -72,3 +73,26 @@ def test_nodes_read_their_own_lanes_alone(nodes: int) -> None:
     shared = sum(len(one) for one in routes) - 64
     assert shared <= 16  # only the shards that two lanes divide between them
     assert set.union(*routes) == set(range(64))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 5), st.integers(1, 3))
+def test_a_route_through_a_mixture_holds_every_shard_in_the_windows_that_read_it(
+    one: int, other: int, seed: int, nodes: int
+) -> None:
+    """Lanes of a source are uneven: of 12 lanes the longest has some percent more than the shortest."""
+    sizes = ((60,) * 40, (35,) * 50)
+    order = MixedOrder(sizes, (one, other), seed=seed, lanes=12, window=20)
+    for source in (0, 1):
+        part, first = SourceOrder(order, source), order.first_shard(source)
+        positions = np.arange(2 * order.samples)
+        shards, _ = order.locate(positions)
+        mine = (shards >= first) & (shards < first + len(sizes[source]))
+        number = np.cumsum(mine) - 1  # of the source's own samples
+        for node in range(nodes):
+            route = Route(part, np.ones(len(sizes[source]), dtype=np.int64), node, nodes)
+            here = np.flatnonzero(mine & (positions % nodes == node))
+            for position in here.tolist():
+                epoch, window = route.window(int(number[position]))
+                stops, shard = route.stops(epoch), shards[position] - first
+                assert ((stops.shard == shard) & (stops.first <= window) & (window <= stops.last)).any()

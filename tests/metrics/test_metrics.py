@@ -19,7 +19,8 @@ from dltrain.testing.ranks import run_ranks
 def batch_of(fields: dict[str, torch.Tensor], weight: torch.Tensor | None = None) -> Batch:
     count = len(next(iter(fields.values())))
     weight = torch.ones(count) if weight is None else weight
-    return Batch(fields, weight, tuple(f"k{place}" for place in range(count)), torch.arange(count))
+    position = torch.where(weight > 0, torch.arange(count), -1)
+    return Batch(fields, weight, tuple(f"k{place}" for place in range(count)), position)
 
 
 def logits_and_labels(count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -263,3 +264,19 @@ def test_degrees_that_do_not_make_the_world_are_refused(replicate: int, shard: i
     config = load_overrides(Config(), {"parallel.dp_replicate": replicate, "parallel.dp_shard": shard})
     with pytest.raises(ValueError, match=message):
         build_mesh(config.parallel, Environment(0, 4, 0, 4), torch.device("cpu"))
+
+
+def test_samples_count_by_their_weights_and_none_at_all_changes_nothing() -> None:
+    """loss = sum(w l) / sum(w c), with weights that are no whole numbers; all 0 is no gradient."""
+    engine = engine_for(0, 1, {})
+    batch = replace(share_of(0, 0, 1), weight=torch.linspace(0.1, 2.5, 10))
+    before = [value.detach().clone() for _, value in engine.named_parameters()]
+    _, losses = engine.evaluate(batch)
+    expected = (torch.dot(losses, batch.weight) / batch.weight.sum()).item()
+    loss = engine.forward_backward(batch, batch.weight.sum())
+    assert (loss.sum / loss.count).item() == pytest.approx(expected, rel=1e-6)
+    engine.optimizer.zero_grad(set_to_none=True)
+    nothing = replace(batch, weight=torch.zeros(10))
+    engine.forward_backward(nothing, nothing.weight.sum())
+    assert all(not value.grad.any() for _, value in engine.named_parameters() if value.grad is not None)
+    assert all(torch.equal(old, value) for old, (_, value) in zip(before, engine.named_parameters(), strict=True))

@@ -135,7 +135,11 @@ class _Process:
         self._process: SpawnProcess = context.Process(target=_serve, args=(self._theirs, work), daemon=True)
 
     def __enter__(self) -> _Process:
-        self._process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: a Ctrl-C now is for us alone
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._theirs.close()  # so that its end is heard of
         return self
 
