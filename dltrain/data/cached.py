@@ -23,7 +23,7 @@ import numpy as np
 
 from dltrain import storage
 from dltrain.data.cache import Entry, Item, NodeCache, oldest_first
-from dltrain.data.files import Bytes, Handles, RangedFiles, Request, ShardFiles, read_rows, request_pool
+from dltrain.data.files import Handles, RangedFiles, Request, ShardFiles, request_pool
 from dltrain.data.manifest import Manifest
 from dltrain.data.prefetch import Depth, Prefetcher
 from dltrain.data.route import Route
@@ -112,25 +112,17 @@ class CachedFiles(ShardFiles):
             self._prefetcher[1].close()
             self._prefetcher = None
 
-    def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
-        missing = [shard for shard, _ in requests if self._handle(shard) is None]
-        count(cache_hits=len(requests) - len(missing), cache_misses=len(missing))
-        by_ranges = set(missing) if missing and self._is_in_a_hurry(missing) else set()
-        if missing and not by_ranges:
-            handles = list(request_pool(os.getpid(), settings().in_flight).map(self._fetch, missing))
-            for shard, handle in zip(missing, handles, strict=True):
+    def handles(self, shards: Sequence[int]) -> list[int | None]:
+        self._handles.trim()
+        missing = [shard for shard in shards if self._handle(shard) is None]
+        count(cache_hits=len(shards) - len(missing), cache_misses=len(missing))
+        if missing and not self._is_in_a_hurry(missing):
+            fetched = list(request_pool(os.getpid(), settings().in_flight).map(self._fetch, missing))
+            for shard, handle in zip(missing, fetched, strict=True):
                 self._handles.put(shard, handle)
-        ranged = iter(self._ranged.read([request for request in requests if request[0] in by_ranges]))
-        return [next(ranged) if shard in by_ranges else self._pread(shard, ranges) for shard, ranges in requests]
+        return [self._handles.get(shard) for shard in shards]
 
-    def rows(self, shard: int, starts: Sequence[int], size: int) -> Bytes:
-        handle = self._handle(shard)
-        count(cache_hits=handle is not None, cache_misses=handle is None)
-        if handle is None and self._is_in_a_hurry([shard]):
-            return self._ranged.rows(shard, starts, size)
-        return read_rows(self._handles.put(shard, self._fetch(shard)) if handle is None else handle, starts, size)
-
-    def peek(self, requests: Sequence[Request]) -> list[list[bytes]]:
+    def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
         return self._ranged.read(requests)
 
     def indexes(self, shards: Sequence[int]) -> list[bytes | bytearray]:
@@ -142,13 +134,6 @@ class CachedFiles(ShardFiles):
         self._handles.close(shard)
         self.cache.drop(self._items[shard])
         return True
-
-    def _pread(self, shard: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        handle = self._handle(shard)
-        if handle is None:  # closed by a later one of many: open again
-            handle = self._handles.put(shard, self._fetch(shard))
-        pread = os.pread
-        return [pread(handle, size, start) for start, size in ranges]
 
     def _handle(self, shard: int) -> int | None:
         handle = self._handles.get(shard)

@@ -15,7 +15,7 @@ from dltrain.data.bundled import materialise
 from dltrain.data.cache import NodeCache
 from dltrain.data.cached import CachedFiles
 from dltrain.data.files import LocalFiles, RangedFiles, ShardFiles
-from dltrain.data.manifest import NAME, Manifest, load_manifest
+from dltrain.data.manifest import Manifest, NoManifest, load_manifest
 from dltrain.data.prefetch import Depth
 from dltrain.data.reader import Dataset, ShardDataset, ShardReader
 from dltrain.data.windows import Window, WindowDataset
@@ -52,13 +52,20 @@ def open_dataset(url: str, window: Window | None = None, cache: Cache | None = N
     Shards have a ``manifest.json``; without one, Parquet files, a folder of images for each class, and a Ground Truth
     manifest are read as they lie. Raises :class:`UserError` where there is nothing to read.
     """
-    url = materialise(url)
-    if window is None and not storage.exists(storage.join(url, NAME)):
-        found = _as_it_lies(url)
-        if found is not None:
-            return found
-    reader = open_reader(url, cache)
+    try:
+        reader = open_reader(url, cache)
+    except NoManifest:
+        found = _as_it_lies(url) if window is None else None
+        if found is None:
+            raise
+        return found
     return ShardDataset(reader) if window is None else WindowDataset(reader, window)
+
+
+def open_reader(url: str, cache: Cache | None = None) -> ShardReader:
+    """A reader of the shards at ``url``. Raises :class:`NoManifest` when there are none."""
+    manifest = load_manifest(materialise(url))
+    return ShardReader(manifest, open_files(manifest, cache or Cache()))
 
 
 def _as_it_lies(url: str) -> Dataset | None:
@@ -69,12 +76,6 @@ def _as_it_lies(url: str) -> Dataset | None:
     except UserError:
         return None  # the sentence about the missing manifest says more
     return DIRECT[kind](url) if kind in DIRECT else None
-
-
-def open_reader(url: str, cache: Cache | None = None) -> ShardReader:
-    """A reader of the shards at ``url``. Raises :class:`UserError` when there are none."""
-    manifest = load_manifest(materialise(url))
-    return ShardReader(manifest, open_files(manifest, cache or Cache()))
 
 
 def open_files(manifest: Manifest, cache: Cache) -> ShardFiles:

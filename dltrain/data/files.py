@@ -15,20 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dltrain import storage
 from dltrain.data.manifest import Manifest
 from dltrain.data.route import Route
-from dltrain.data.sample import BadSample
 from dltrain.errors import UserError
 from dltrain.storage.settings import settings
 
 Range = tuple[int, int]
 """First byte, and number of bytes."""
-
-Bytes = NDArray[np.uint8]
 
 Request = tuple[int, Sequence[Range]]
 """A shard, and ranges of it."""
@@ -37,6 +31,7 @@ GAP_BYTES = 64 << 10
 """Ranges closer than this are fetched by one request."""
 
 OPEN_FILES = 128
+"""Beside those of one batch."""
 
 
 class ShardFiles(Protocol):
@@ -45,20 +40,13 @@ class ShardFiles(Protocol):
     local: bool = False
     """Whether the shards lie on this host, where nothing has checked them on their way."""
 
-    def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
-        """The bytes of each range; fewer where a shard ends before."""
+    def handles(self, shards: Sequence[int]) -> list[int | None]:
+        """An open file for each shard, to be read until this is asked again; None for one to be read by ranges."""
         ...
 
-    def peek(self, requests: Sequence[Request]) -> list[list[bytes]]:
-        """The same, without fetching whole shards for it."""
-        return self.read(requests)
-
-    def rows(self, shard: int, starts: Sequence[int], size: int) -> Bytes:
-        """``size`` bytes from each of ``starts``, uint8 [starts, size]. Raises :class:`BadSample` at a shard's end."""
-        pieces = self.read([(shard, [(start, size) for start in starts])])[0]
-        if any(len(piece) < size for piece in pieces):
-            raise BadSample(f"shard {shard} is truncated")
-        return np.frombuffer(b"".join(pieces), np.uint8).reshape(len(starts), size)
+    def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
+        """The bytes of each range, without fetching whole shards for it; fewer where a shard ends before."""
+        ...
 
     def indexes(self, shards: Sequence[int]) -> list[bytes | bytearray]:
         """The bytes of the shards' indexes."""
@@ -82,10 +70,11 @@ class ShardFiles(Protocol):
 
 
 class Handles:
-    """Open files by shard, the least recently used closed first. Each read names its place, so threads share them."""
+    """Open files by shard. What is closed here stays open until :meth:`trim`, for someone may be reading it."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._closing: list[int] = []
 
     def get(self, shard: int) -> int | None:
         handle = self._open.get(shard)
@@ -96,14 +85,12 @@ class Handles:
     def put(self, shard: int, handle: int) -> int:
         self.close(shard)
         self._open[shard] = handle
-        while len(self._open) > OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
         return handle
 
     def close(self, shard: int) -> None:
         handle = self._open.pop(shard, None)
         if handle is not None:
-            os.close(handle)
+            self._closing.append(handle)
 
     def close_removed(self) -> None:
         """Close files that have been removed: only then is their space on the disk free."""
@@ -111,12 +98,20 @@ class Handles:
             if not os.fstat(handle).st_nlink:
                 self.close(shard)
 
+    def trim(self) -> None:
+        """Nobody reads now: close what is to be closed, and the least recently used of too many."""
+        while len(self._open) > OPEN_FILES:
+            self._closing.append(self._open.popitem(last=False)[1])
+        while self._closing:
+            os.close(self._closing.pop())
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open": OrderedDict()}  # another process opens its own
+        return {"_open": OrderedDict(), "_closing": []}  # another process opens its own
 
     def __del__(self) -> None:
         for shard in list(self._open):
             self.close(shard)
+        self.trim()
 
 
 class LocalFiles(ShardFiles):
@@ -128,16 +123,12 @@ class LocalFiles(ShardFiles):
         self._manifest = manifest
         self._handles = Handles()
 
-    def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
-        pread = os.pread
-        answers = []
-        for shard, ranges in requests:
-            handle = self._handle(shard)
-            answers.append([pread(handle, size, start) for start, size in ranges])
-        return answers
+    def handles(self, shards: Sequence[int]) -> list[int | None]:
+        self._handles.trim()
+        return [self._handle(shard) for shard in shards]
 
-    def rows(self, shard: int, starts: Sequence[int], size: int) -> Bytes:
-        return read_rows(self._handle(shard), starts, size)
+    def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
+        return [[os.pread(self._handle(shard), size, start) for start, size in ranges] for shard, ranges in requests]
 
     def indexes(self, shards: Sequence[int]) -> list[bytes | bytearray]:
         return [storage.read(self._manifest.index_url(shard)) for shard in shards]
@@ -162,6 +153,9 @@ class RangedFiles(ShardFiles):
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
+
+    def handles(self, shards: Sequence[int]) -> list[int | None]:
+        return [None] * len(shards)
 
     def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
         groups = [(shard, group) for shard, ranges in requests for group in _neighbours(ranges)]
@@ -189,16 +183,6 @@ class RangedFiles(ShardFiles):
     def _fetch(self, shard: int, group: list[tuple[int, Range]]) -> bytes:
         start, stop = group[0][1][0], max(first + size for _, (first, size) in group)
         return bytes(storage.read(self._manifest.shard_url(shard), start, stop))
-
-
-def read_rows(handle: int, starts: Sequence[int], size: int) -> Bytes:
-    """Pieces of an open file, each straight into its row."""
-    rows = np.empty((len(starts), size), np.uint8)
-    view, preadv = rows.reshape(-1).data, os.preadv
-    got = [preadv(handle, [view[place * size : (place + 1) * size]], start) for place, start in enumerate(starts)]
-    if got and min(got) < size:
-        raise BadSample(f"the shard is truncated: {size} bytes from {starts[got.index(min(got))]} on are not all there")
-    return rows
 
 
 def _neighbours(ranges: Sequence[Range]) -> list[list[tuple[int, Range]]]:

@@ -19,6 +19,10 @@ NAME = "manifest.json"
 VERSION = 1
 
 
+class NoManifest(UserError):
+    """There are no shards at the URL, or none that have been indexed."""
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One shard and its index; sizes in bytes, checksums crc32c.
@@ -80,7 +84,7 @@ def load_manifest(url: str) -> Manifest:
     try:
         text = storage.read(storage.join(url, NAME))
     except ObjectNotFound:
-        raise UserError(
+        raise NoManifest(
             f"there is no data set at {url}: {storage.join(url, NAME)} does not exist; "
             "check the URL, or index existing tars with: dltrain shards index " + url
         ) from None

@@ -9,6 +9,7 @@ error that names shard, key and offset where it does not.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from dltrain.data.files import ShardFiles
 from dltrain.data.index import Member, ShardIndex
 from dltrain.data.manifest import Manifest
+from dltrain.data.memory import keep_freed_memory
 from dltrain.data.order import Integers, SampleOrder
 from dltrain.data.route import Line, Route
 from dltrain.data.sample import BadSample, Sample
@@ -76,9 +78,14 @@ class ShardReader:
         self.manifest = manifest
         self.files = files
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        keep_freed_memory()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_indexes": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        keep_freed_memory()  # of a worker
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, read when first asked for."""
@@ -100,46 +107,50 @@ class ShardReader:
         groups: dict[int, list[int]] = {}
         for place, shard in enumerate(shards):
             groups.setdefault(shard, []).append(place)
-        tables = self.indexes(list(groups))
-        wanted = [
-            [table.members(indices[place]) for place in places]
-            for table, places in zip(tables, groups.values(), strict=True)
-        ]
-        pieces = self.files.read(
-            [
-                (shard, [(start, size) for members in samples for _, start, size, _ in members])
-                for shard, samples in zip(groups, wanted, strict=True)
-            ]
-        )
+        tables, handles = self.indexes(list(groups)), self.files.handles(list(groups))
+        by_ranges: list[tuple[int, int, Member]] = []  # place, shard, member
         found: list[Any] = [None] * len(shards)
-        for (shard, places), table, samples, data in zip(groups.items(), tables, wanted, pieces, strict=True):
-            for place, fields in zip(places, self._checked(shard, samples, data), strict=True):
-                found[place] = Sample(table.key(indices[place]), fields, self.manifest.shard_url(shard))
+        for (shard, places), table, handle in zip(groups.items(), tables, handles, strict=True):
+            url = self.manifest.shard_url(shard)
+            for place in places:
+                members = table.members(indices[place])
+                fields = {} if handle is None else self._read_members(shard, handle, members)
+                found[place] = Sample(table.key(indices[place]), fields, url)
+                if handle is None:
+                    by_ranges += [(place, shard, member) for member in members]
+        if by_ranges:
+            self._read_by_ranges(by_ranges, found)
         return found
 
-    def _checked(self, shard: int, samples: list[list[Member]], data: list[bytes]) -> list[dict[str, bytes]]:
-        """The fields of each sample, each compared with its checksum."""
-        crc32c, place, found = google_crc32c.value, 0, []
-        for members in samples:
-            fields: dict[str, bytes] = {}
-            for name, _, _, expected in members:
-                piece = data[place]
-                if crc32c(piece) != expected:
-                    piece = self._read_again(shard, members[len(fields)])
-                fields[name] = piece
-                place += 1
-            found.append(fields)
-        return found
+    def _read_members(self, shard: int, handle: int, members: list[Member]) -> dict[str, Any]:
+        """The fields of one sample, each compared with its checksum while it is still in the processor's cache."""
+        crc32c, pread, fields = google_crc32c.value, os.pread, {}
+        for name, start, size, expected in members:
+            piece = pread(handle, size, start)
+            if crc32c(piece) != expected:
+                piece = self._read_again(shard, (name, start, size, expected), len(piece))
+            fields[name] = piece
+        return fields
 
-    def _read_again(self, shard: int, member: Member) -> bytes:
+    def _read_by_ranges(self, wanted: list[tuple[int, int, Member]], samples: list[Sample]) -> None:
+        requests: dict[int, list[tuple[int, Member]]] = {}
+        for place, shard, member in wanted:
+            requests.setdefault(shard, []).append((place, member))
+        ranges = [(shard, [(start, size) for _, (_, start, size, _) in rest]) for shard, rest in requests.items()]
+        for (shard, rest), pieces in zip(requests.items(), self.files.read(ranges), strict=True):
+            for (place, member), piece in zip(rest, pieces, strict=True):
+                good = google_crc32c.value(piece) == member[3]
+                samples[place].fields[member[0]] = piece if good else self._read_again(shard, member, len(piece))
+
+    def _read_again(self, shard: int, member: Member, got: int) -> bytes:
         """A damaged piece once more, from the source if there is one behind the copy."""
         _, start, size, expected = member
-        piece = b""
         if self.files.renew(shard):
             piece = self.files.read([(shard, [(start, size)])])[0][0]
             if google_crc32c.value(piece) == expected:
                 return piece
-        raise self._damage(shard, member, len(piece) or len(self.files.read([(shard, [(start, size)])])[0][0]))
+            got = len(piece)
+        raise self._damage(shard, member, got)
 
     def _damage(self, shard: int, member: Member, got: int) -> BadSample:
         name, start, size, _ = member

@@ -9,6 +9,7 @@ are counted and addressed by arithmetic and read by byte range, so that a series
 from __future__ import annotations
 
 import io
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from dltrain.data.files import Range
 from dltrain.data.order import Integers, SampleOrder
 from dltrain.data.reader import ShardReader, follow
-from dltrain.data.sample import Sample
+from dltrain.data.sample import BadSample, Sample
 from dltrain.errors import UserError
 from dltrain.storage.counters import count
 
@@ -125,10 +126,27 @@ class WindowDataset:
         for kind in np.unique(table.kind[series]).tolist():
             mine = np.flatnonzero(table.kind[series] == kind)
             dtype, channels = table.kinds[kind]
-            rows = self.reader.files.rows(shard, starts[mine].tolist(), steps * channels * dtype.itemsize)
+            rows = self._rows(shard, starts[mine].tolist(), steps * channels * dtype.itemsize)
             for place, piece in zip(mine.tolist(), rows.view(dtype).reshape(-1, steps, channels), strict=True):
                 values[place] = piece
         return values
+
+    def _rows(self, shard: int, starts: list[int], size: int) -> NDArray[np.uint8]:
+        """``size`` bytes from each of ``starts``, uint8 [starts, size], each read straight into its row."""
+        handle = self.reader.files.handles([shard])[0]
+        rows = np.empty((len(starts), size), np.uint8)
+        if handle is None:
+            pieces = self.reader.files.read([(shard, [(start, size) for start in starts])])[0]
+            got = [len(piece) for piece in pieces]
+        else:
+            view, preadv = rows.reshape(-1).data, os.preadv
+            got = [preadv(handle, [view[n * size : (n + 1) * size]], start) for n, start in enumerate(starts)]
+        if min(got) < size:
+            raise BadSample(
+                f"shard {self.reader.manifest.shard_url(shard)} is truncated: a window from byte "
+                f"{starts[got.index(min(got))]} on has {min(got)} bytes of {size}"
+            )
+        return np.frombuffer(b"".join(pieces), np.uint8).reshape(rows.shape) if handle is None else rows
 
     def _beside(self, shard: int, series: int) -> dict[str, Any]:
         """The other fields of a series. Where its shard has not been checked on the way here, the series is, once: its
@@ -146,7 +164,7 @@ class WindowDataset:
     def _scan(self, shard: int) -> _Shard:
         index = self.reader.index(shard)
         spans = [self._member(shard, sample) for sample in range(len(index))]
-        heads = self.reader.files.peek([(shard, [(start, min(size, _HEADER_BYTES)) for start, size in spans])])[0]
+        heads = self.reader.files.read([(shard, [(start, min(size, _HEADER_BYTES)) for start, size in spans])])[0]
         found = [_read_header(head, index.key(sample)) for sample, head in enumerate(heads)]
         kinds = list(dict.fromkeys((header.dtype, header.channels) for header in found))
         return _Shard(
