@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.result import RESULTS, Request
+from benchmarks.result import RESULTS, WORK, Request
 from dltrain.errors import EXIT_USER_ERROR, UserError, nearest
 
 BENCHMARKS = {
+    "data": "samples per second, resume and memory of the data path, beside other libraries",
     "throughput": "images per second of ResNet-18 and ViT-B/16: the Trainer against a bare PyTorch loop",
     "trainer_overhead": "microseconds the Trainer adds to a step of a small model",
     "report": "write results/README.md anew from the stored results",
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = _parser().parse_args(arguments)
         if known.name not in BENCHMARKS:
             raise UserError(f"there is no benchmark {known.name!r}; {nearest(known.name, BENCHMARKS)}")
-        request = Request(known.name, known.quick, known.device, known.output)
+        if known.name != "data" and (known.peers or known.work != WORK):
+            raise UserError(f"--peers and --work belong to the benchmark 'data', not to {known.name!r}")
+        request = Request(**vars(known))
         print(json.dumps(import_module(f"benchmarks.{known.name}").run(request)), flush=True)
     except UserError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
@@ -52,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds: a minute or so on two cores")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="where results are stored")
+    parser.add_argument("--peers", action="store_true", help="data: beside all peers, installed for it on first use")
+    parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help="data: where its files are kept")
     return parser
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import data_report
 from benchmarks.result import Request
 from dltrain.errors import UserError
 
@@ -35,6 +36,14 @@ Microseconds added to a step of a small model by the Trainer, median over interl
 |---|---|---|---|---|---|
 """
 
+DATA = """
+## Data
+
+Each contestant runs in a process of its own with one thread, on the same files and a warm page cache. Figures are
+medians over interleaved rounds, in brackets their quartiles. A ratio says how many times as good ours is: the median of
+the ratios within rounds.
+"""
+
 FIGURES = {
     "trainer": "Trainer, no hooks",
     "records_hook": "with the hook that writes metrics.jsonl",
@@ -48,19 +57,25 @@ def run(request: Request) -> dict[str, Any]:
     if not paths:
         raise UserError(f"{request.output.name}/ holds no result; run a benchmark first")
     page = request.output / "README.md"
-    page.write_text(render((path.name, _read(path)) for path in paths))
+    results = [(path.name, _read(path)) for path in paths]
+    for name, result in results:
+        if result["benchmark"] == "data":
+            data_report.draw(result, request.output / data_report.picture(name))
+    page.write_text(render(results))
     return {"benchmark": "report", "results": len(paths), "page": f"{request.output.name}/{page.name}"}
 
 
 def render(results: Iterable[tuple[str, dict[str, Any]]]) -> str:
     """The page, from the results by file name."""
-    rows: dict[str, list[str]] = {"throughput": [], "trainer_overhead": []}
+    rows: dict[str, list[str]] = {"data": [], "throughput": [], "trainer_overhead": []}
     for name, result in results:
         if result["benchmark"] == "throughput":
             rows["throughput"] += [_throughput(name, result, model) for model in result["models"]]
         elif result["benchmark"] == "trainer_overhead":
             rows["trainer_overhead"] += [_overhead(name, result, figure) for figure in result["figures"]]
-    heads = {"throughput": THROUGHPUT, "trainer_overhead": OVERHEAD}
+        elif result["benchmark"] == "data":
+            rows["data"].append(data_report.section(name, result, _origin(name, result)))
+    heads = {"data": DATA, "throughput": THROUGHPUT, "trainer_overhead": OVERHEAD}
     return HEAD + "".join(heads[kind] + "".join(lines) for kind, lines in rows.items() if lines)
 
 

@@ -9,6 +9,7 @@ import json
 import platform
 import re
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 """Where results are stored unless told otherwise."""
 
+WORK = Path(tempfile.gettempdir()) / "dltrain-benchmarks"
+"""Where what is made once is kept unless told otherwise: files to read, the peers' environment."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -34,12 +38,15 @@ class Request:
     quick: bool = False
     device: str = "auto"
     output: Path = RESULTS
+    peers: bool = False
+    work: Path = WORK
 
     @property
     def command(self) -> str:
-        """The command that repeats the measurement, without the place its result goes to."""
+        """The command that repeats the measurement, without the places of its files and its result."""
         device = "" if self.device == "auto" else f" --device {self.device}"
-        return f"python -m benchmarks {self.name}{' --quick' if self.quick else ''}{device}"
+        flags = "".join(f" --{flag}" for flag in ("quick", "peers") if getattr(self, flag))
+        return f"python -m benchmarks {self.name}{flags}{device}"
 
 
 def store(request: Request, device: torch.device, settings: dict[str, Any], measured: dict[str, Any]) -> str:
