@@ -22,24 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 
 from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer, read_state, step_folder
 from dltrain.config import Config, from_tree, load_overrides, split_arguments, to_yaml
-from dltrain.data.dataset import Cache, open_dataset
-from dltrain.data.loader import Loader
-from dltrain.data.mixture import MixedDataset, Source
-from dltrain.data.order import Order, SampleOrder
-from dltrain.data.prefetch import Depth
 from dltrain.data.reader import Dataset
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from dltrain.evaluation import evaluate, write_report
 from dltrain.hooks.base import Hook
 from dltrain.hooks.progress import progress
 from dltrain.hooks.records import Records
-from dltrain.mesh import Mesh, build_mesh
+from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
+from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
@@ -48,6 +43,7 @@ from dltrain.runtime.launch import RECIPE, report_failure, report_ready
 from dltrain.runtime.logs import say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
+from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
 from dltrain.task import Task
 from dltrain.trainer import Trainer
 
@@ -91,7 +87,8 @@ def train(job: Job) -> int:
         report_ready(job.environment.rank)
         task = job.task(job.config)
         mesh = build_mesh(job.config.parallel, job.environment, device)
-        data, held_out = _open_data(job.config, task)
+        place = Place(job.config, task, job.environment, mesh, device)
+        data = open_data(job.config, task, job.environment)
         run: RunFolder = _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset))
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         hooks = _hooks(job, task, run)
@@ -99,8 +96,8 @@ def train(job: Job) -> int:
             job.config,
             task,
             parallelize(task, job.config, mesh, device),
-            _train_loader(job, task, data, mesh, device, run.quarantine),
-            evaluation=_evaluation_loader(job, task, held_out, mesh, device) if held_out else None,
+            train_loader(data, place, run.quarantine),
+            evaluation=evaluation_loader(data.held_out, place) if data.held_out else None,
             checkpointer=checkpointer,
             hooks=hooks,
             stop=stop,
@@ -108,7 +105,7 @@ def train(job: Job) -> int:
         )
         with _held(job, run):
             _resume(job, trainer, checkpointer)
-            with _recorded(job, run, data, hooks):
+            with _recorded(job, run, data.train, hooks):
                 status = trainer.fit()
                 return _conclude(job, run, trainer, status, time.monotonic() - started, hooks)
 
@@ -119,17 +116,16 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
     with joined(job.config, job.environment) as device:
         task = job.task(job.config)
         mesh = build_mesh(job.config.parallel, job.environment, device)
-        if not job.config.data.evaluation:
-            raise UserError("data.evaluation is empty: name the held-out shards with --data.evaluation URL")
-        held_out = _open(job.config, task, job.config.data.evaluation)
+        held_out = open_held_out(job.config, task)
         task.facts = run.read()["facts"]  # the training data's, as when it was trained
         engine = parallelize(task, job.config, mesh, device)
+        place = Place(job.config, task, job.environment, mesh, device)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         path = checkpointer.best() or checkpointer.latest()
         if path is None:
             raise UserError(f"the run {run.path} has no checkpoint to evaluate")
         state = checkpointer.load(path, engine)
-        metric = evaluate(engine, task, _evaluation_loader(job, task, held_out, mesh, device))
+        metric = evaluate(engine, task, evaluation_loader(held_out, place))
         facts = _report_facts(run, state["step"], path, job.config)
         target = write_report(metric, run.report, facts, job.environment)
         if job.environment.is_main:
@@ -147,7 +143,7 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
     known = parser.parse_args(words)
     recipe = _declared(task)
     if known.command == "train":
-        config = recipe.configure(known.preset, overrides, known.config)
+        config = apply_channels(recipe.configure(known.preset, overrides, known.config), read_channels())
         return train(Job(task, recipe.name, known.preset, config, environment))
     if known.run is None:
         raise UserError("eval needs a run: eval RUN")
@@ -162,79 +158,6 @@ def _declared(task: type[Task]) -> Declarations:
     path = Path(inspect.getfile(task))
     name = os.environ.get(RECIPE, recipe_name(str(path)))
     return describe_module(module, name, path, module.__doc__ or "")
-
-
-def _open_data(config: Config, task: Task) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out samples; what the training data say of themselves is what the task knows."""
-    data = _open_training(config, task)
-    task.facts = data.facts
-    return data, _open(config, task, config.data.evaluation) if config.data.evaluation else None
-
-
-def _open_training(config: Config, task: Task) -> Dataset:
-    if config.data.sources:
-        sources = [Source(**source.model_dump()) for source in config.data.sources]
-        return MixedDataset(sources, [_open(config, task, source.url) for source in sources])
-    if not config.data.train:
-        raise UserError("data.train is empty: name the training shards with --data.train URL, or take a --preset")
-    return _open(config, task, config.data.train)
-
-
-def _open(config: Config, task: Task, url: str) -> Dataset:
-    data = config.data
-    depth = Depth(data.ahead_mib << 20, data.ahead_seconds)
-    return open_dataset(url, task.window(), Cache(data.cache, int(data.cache_gib * (1 << 30)), depth))
-
-
-def _train_loader(job: Job, task: Task, dataset: Dataset, mesh: Mesh, device: torch.device, quarantine: Path) -> Loader:
-    data = job.config.data
-    return Loader(
-        dataset,
-        _order(job.config, dataset),
-        task.sample,
-        global_batch_size=data.global_batch_size,
-        tail=data.tail,
-        augment=True,
-        workers=data.workers,
-        bad_samples=data.bad_samples,
-        quarantine=quarantine / f"rank-{job.environment.rank:05d}.jsonl",
-        **_place(job, mesh, device),
-    )
-
-
-def _order(config: Config, dataset: Dataset) -> SampleOrder:
-    data = config.data
-    if isinstance(dataset, MixedDataset):
-        return dataset.order(config.run.seed, data.lanes, data.window)
-    return Order(dataset.shard_sizes, config.run.seed, data.lanes, data.window)
-
-
-def _evaluation_loader(job: Job, task: Task, dataset: Dataset, mesh: Mesh, device: torch.device) -> Loader:
-    data = job.config.data
-    wanted = job.config.evaluation.batch_size or data.global_batch_size
-    return Loader(
-        dataset,
-        Order(dataset.shard_sizes, job.config.run.seed, data.lanes, data.window, shuffle=False),
-        task.sample,
-        global_batch_size=max(min(wanted, sum(dataset.shard_sizes)), mesh.data_ranks),
-        tail="pad",
-        epochs=1,
-        workers=job.config.evaluation.workers,
-        **_place(job, mesh, device),
-    )
-
-
-def _place(job: Job, mesh: Mesh, device: torch.device) -> dict[str, Any]:
-    """Where a loader runs, among ranks and nodes."""
-    return {
-        "rank": mesh.data_rank,
-        "ranks": mesh.data_ranks,
-        "device": device,
-        "node": job.environment.node,
-        "nodes": job.environment.nodes,
-        "prefetch": job.config.data.prefetch,
-        "start_method": job.config.data.start_method,
-    }
 
 
 T = TypeVar("T")
@@ -301,6 +224,7 @@ def _resume(job: Job, trainer: Trainer, checkpointer: Checkpointer) -> None:
     path = checkpointer.latest()
     if path is None:
         return
+    refuse_resume(job.config, read_channels(), job.environment.nodes)
     state = read_state(path)
     trainer.load_state_dict(state)  # before the tensors: a changed data set is told at once
     checkpointer.resume_from(path, trainer.engine)

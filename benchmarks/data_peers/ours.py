@@ -39,6 +39,8 @@ def epochs(job: Job) -> Callable[[int], Iterable[Any]]:
             if isinstance(dataset, Streamed):
                 dataset.advance(place)
             yield from map(shown, dataset.read(*order.locate(np.arange(place, min(place + job.batch, stop)))))
+        if isinstance(dataset, Streamed):
+            dataset.rest()
         shutil.rmtree(cache, ignore_errors=True)
 
     return epoch

@@ -23,8 +23,9 @@ import numpy as np
 
 from dltrain import storage
 from dltrain.data.cache import Entry, Item, NodeCache, oldest_first
-from dltrain.data.files import Handles, RangedFiles, Request, ShardFiles, request_pool
+from dltrain.data.files import Opened, RangedFiles, Request, ShardFiles, request_pool
 from dltrain.data.manifest import Manifest
+from dltrain.data.pages import Pages, open_pages
 from dltrain.data.prefetch import Depth, Prefetcher
 from dltrain.data.route import Route
 from dltrain.errors import UserError
@@ -52,7 +53,7 @@ class CachedFiles(ShardFiles):
             Item(manifest.index_url(i), s.index_bytes, s.index_crc32c) for i, s in enumerate(manifest.shards)
         ]
         self._damaged: set[int] = set()
-        self._handles = Handles()
+        self._opened = Opened()
         self._ranged = RangedFiles(manifest)
         self._route: Route | None = None
         self._position = 0
@@ -105,22 +106,21 @@ class CachedFiles(ShardFiles):
             prefetcher.start(position)
         prefetcher.advance(position)
         if self._route.window(position) != self._route.window(before):
-            self._handles.close_removed()
+            self._opened.close_unless(self._holds)
 
     def rest(self) -> None:
         if self._prefetcher is not None:
             self._prefetcher[1].close()
             self._prefetcher = None
 
-    def handles(self, shards: Sequence[int]) -> list[int | None]:
-        self._handles.trim()
-        missing = [shard for shard in shards if self._handle(shard) is None]
+    def pages(self, shards: Sequence[int]) -> list[Pages | None]:
+        found = {shard: self._present(shard) for shard in shards}
+        missing = [shard for shard, pages in found.items() if pages is None]
         count(cache_hits=len(shards) - len(missing), cache_misses=len(missing))
         if missing and not self._is_in_a_hurry(missing):
-            fetched = list(request_pool(os.getpid(), settings().in_flight).map(self._fetch, missing))
-            for shard, handle in zip(missing, fetched, strict=True):
-                self._handles.put(shard, handle)
-        return [self._handles.get(shard) for shard in shards]
+            fetched = request_pool(os.getpid(), settings().in_flight).map(self._fetch, missing)
+            found.update((shard, self._take(shard, handle)) for shard, handle in zip(missing, fetched, strict=True))
+        return [found[shard] for shard in shards]
 
     def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
         return self._ranged.read(requests)
@@ -131,17 +131,19 @@ class CachedFiles(ShardFiles):
     def renew(self, shard: int) -> bool:
         if shard in self._damaged:
             return False
-        self._handles.close(shard)
+        self._opened.close(shard)
         self.cache.drop(self._items[shard])
         return True
 
-    def _handle(self, shard: int) -> int | None:
-        handle = self._handles.get(shard)
-        if handle is None:
+    def _present(self, shard: int) -> Pages | None:
+        pages = self._opened.get(shard)
+        if pages is None:
             handle = self.cache.find(self._items[shard])
-            if handle is not None:
-                self._handles.put(shard, handle)
-        return handle
+            pages = None if handle is None else self._take(shard, handle)
+        return pages
+
+    def _take(self, shard: int, handle: int) -> Pages:
+        return self._opened.put(shard, open_pages(handle, self._items[shard].bytes))
 
     def _is_in_a_hurry(self, missing: Sequence[int]) -> bool:
         """Whether nothing has been fetched yet and waiting for these shards would be long."""
@@ -160,22 +162,20 @@ class CachedFiles(ShardFiles):
 
     def _fetch_ahead(self, shard: int) -> bool:
         """Bring a shard and its index in, unless another process is at it or what is needed sooner fills the cache."""
-        self._index(shard)
         until = self._until().get(self._items[shard].name, 0.0)
         victims = partial(self._victims, later_than=max(1.0, until))
-        handle = self.cache.fetch(self._items[shard], partial(self._download, shard), victims, wait=False)
-        if handle is None:
-            return False
-        os.close(handle)
+        index = self._indexes[shard]
+        wanted = ((index, partial(_read_all, index)), (self._items[shard], partial(self._download, shard)))
+        for item, fill in wanted:
+            handle = self.cache.fetch(item, fill, victims, wait=False)
+            if handle is None:
+                return False
+            os.close(handle)
         return True
 
     def _index(self, shard: int) -> bytes:
         item = self._indexes[shard]
-
-        def fill(view: memoryview) -> None:
-            _read_all(item, view)
-
-        handle = self.cache.fetch(item, fill, self._victims)
+        handle = self.cache.fetch(item, partial(_read_all, item), self._victims)
         if handle is None:
             raise AssertionError("fetching with waiting ends with a copy or an error")
         try:

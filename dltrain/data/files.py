@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Protocol
 
 from dltrain import storage
 from dltrain.data.manifest import Manifest
+from dltrain.data.pages import Pages, open_pages
 from dltrain.data.route import Route
 from dltrain.errors import UserError
 from dltrain.storage.settings import settings
@@ -30,8 +31,10 @@ Request = tuple[int, Sequence[Range]]
 GAP_BYTES = 64 << 10
 """Ranges closer than this are fetched by one request."""
 
-OPEN_FILES = 128
-"""Beside those of one batch."""
+GROUP_BYTES = 1 << 20
+"""Larger than this a request is one of many behind which others wait (``storage/gate.py``)."""
+
+OPEN_SHARDS = 128
 
 
 class ShardFiles(Protocol):
@@ -40,8 +43,8 @@ class ShardFiles(Protocol):
     local: bool = False
     """Whether the shards lie on this host, where nothing has checked them on their way."""
 
-    def handles(self, shards: Sequence[int]) -> list[int | None]:
-        """An open file for each shard, to be read until this is asked again; None for one to be read by ranges."""
+    def pages(self, shards: Sequence[int]) -> list[Pages | None]:
+        """The bytes of each shard, by slices; None for one to be read by ranges."""
         ...
 
     def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
@@ -69,49 +72,34 @@ class ShardFiles(Protocol):
         return
 
 
-class Handles:
-    """Open files by shard. What is closed here stays open until :meth:`trim`, for someone may be reading it."""
+class Opened:
+    """Open shards, the least recently used closed first; whoever reads one keeps it open."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[int, int] = OrderedDict()
-        self._closing: list[int] = []
+        self._pages: OrderedDict[int, Pages] = OrderedDict()
 
-    def get(self, shard: int) -> int | None:
-        handle = self._open.get(shard)
-        if handle is not None:
-            self._open.move_to_end(shard)
-        return handle
+    def get(self, shard: int) -> Pages | None:
+        pages = self._pages.get(shard)
+        if pages is not None:
+            self._pages.move_to_end(shard)
+        return pages
 
-    def put(self, shard: int, handle: int) -> int:
-        self.close(shard)
-        self._open[shard] = handle
-        return handle
+    def put(self, shard: int, pages: Pages) -> Pages:
+        self._pages[shard] = pages
+        while len(self._pages) > OPEN_SHARDS:
+            self._pages.popitem(last=False)
+        return pages
 
     def close(self, shard: int) -> None:
-        handle = self._open.pop(shard, None)
-        if handle is not None:
-            self._closing.append(handle)
+        self._pages.pop(shard, None)
 
-    def close_removed(self) -> None:
-        """Close files that have been removed: only then is their space on the disk free."""
-        for shard, handle in list(self._open.items()):
-            if not os.fstat(handle).st_nlink:
-                self.close(shard)
-
-    def trim(self) -> None:
-        """Nobody reads now: close what is to be closed, and the least recently used of too many."""
-        while len(self._open) > OPEN_FILES:
-            self._closing.append(self._open.popitem(last=False)[1])
-        while self._closing:
-            os.close(self._closing.pop())
+    def close_unless(self, kept: Callable[[int], bool]) -> None:
+        """Close what is not to be kept: the space of a removed file is free only when nobody has it open."""
+        for shard in [shard for shard in self._pages if not kept(shard)]:
+            self.close(shard)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open": OrderedDict(), "_closing": []}  # another process opens its own
-
-    def __del__(self) -> None:
-        for shard in list(self._open):
-            self.close(shard)
-        self.trim()
+        return {"_pages": OrderedDict()}  # another process opens its own
 
 
 class LocalFiles(ShardFiles):
@@ -121,14 +109,18 @@ class LocalFiles(ShardFiles):
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._handles = Handles()
+        self._opened = Opened()
 
-    def handles(self, shards: Sequence[int]) -> list[int | None]:
-        self._handles.trim()
-        return [self._handle(shard) for shard in shards]
+    def pages(self, shards: Sequence[int]) -> list[Pages | None]:
+        return [self._opened.get(shard) or self._opened.put(shard, self._open(shard)) for shard in shards]
 
     def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
-        return [[os.pread(self._handle(shard), size, start) for start, size in ranges] for shard, ranges in requests]
+        opened = self.pages([shard for shard, _ in requests])
+        return [
+            [pages[start : start + size] for start, size in ranges]
+            for pages, (_, ranges) in zip(opened, requests, strict=True)
+            if pages is not None
+        ]
 
     def indexes(self, shards: Sequence[int]) -> list[bytes | bytearray]:
         return [storage.read(self._manifest.index_url(shard)) for shard in shards]
@@ -136,16 +128,13 @@ class LocalFiles(ShardFiles):
     def renew(self, shard: int) -> bool:
         return False
 
-    def _handle(self, shard: int) -> int:
-        handle = self._handles.get(shard)
-        return self._handles.put(shard, self._open(shard)) if handle is None else handle
-
-    def _open(self, shard: int) -> int:
+    def _open(self, shard: int) -> Pages:
         url = self._manifest.shard_url(shard)
         try:
-            return os.open(str(storage.local_path(url)), os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(str(storage.local_path(url)), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"cannot open shard {url}: {error.strerror}") from None
+        return open_pages(handle, self._manifest.shards[shard].bytes)
 
 
 class RangedFiles(ShardFiles):
@@ -154,7 +143,7 @@ class RangedFiles(ShardFiles):
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
 
-    def handles(self, shards: Sequence[int]) -> list[int | None]:
+    def pages(self, shards: Sequence[int]) -> list[Pages | None]:
         return [None] * len(shards)
 
     def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
@@ -188,13 +177,13 @@ class RangedFiles(ShardFiles):
 def _neighbours(ranges: Sequence[Range]) -> list[list[tuple[int, Range]]]:
     """Ranges with their places, grouped so that one request fetches each group; sorted by their first bytes."""
     groups: list[list[tuple[int, Range]]] = []
-    reached = 0
+    first = reached = 0
     for place, (start, size) in sorted(enumerate(ranges), key=lambda item: item[1]):
-        if groups and start - reached <= GAP_BYTES:
+        if groups and start - reached <= GAP_BYTES and start + size - first <= GROUP_BYTES:
             groups[-1].append((place, (start, size)))
         else:
             groups.append([(place, (start, size))])
-            reached = 0
+            first, reached = start, 0
         reached = max(reached, start + size)
     return groups
 

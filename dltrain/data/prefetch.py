@@ -109,8 +109,9 @@ class Prefetcher:
         soon: list[tuple[int, int]] = []
         found, enough = 0, max(self._depth.bytes, int(self._depth.seconds * self._bytes_per_second()))
         shards, seen = len(self._route.shard_bytes), set[int]()
+        beyond = np.isinf(self._route.next_use(self._position))  # for whom the next epoch has no use either
         for shard, until in self._route.ahead(self._position):
-            if (until > 1 and found >= enough) or len(seen) == shards:
+            if (until > 1 and found >= enough) or len(seen) == shards or beyond[shard]:
                 return soon
             if shard not in seen:
                 seen.add(shard)

@@ -9,7 +9,6 @@ error that names shard, key and offset where it does not.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from dltrain.data.index import Member, ShardIndex
 from dltrain.data.manifest import Manifest
 from dltrain.data.memory import keep_freed_memory
 from dltrain.data.order import Integers, SampleOrder
+from dltrain.data.pages import Pages
 from dltrain.data.route import Line, Route
 from dltrain.data.sample import BadSample, Sample
 from dltrain.errors import UserError
@@ -107,26 +107,26 @@ class ShardReader:
         groups: dict[int, list[int]] = {}
         for place, shard in enumerate(shards):
             groups.setdefault(shard, []).append(place)
-        tables, handles = self.indexes(list(groups)), self.files.handles(list(groups))
+        tables, opened = self.indexes(list(groups)), self.files.pages(list(groups))
         by_ranges: list[tuple[int, int, Member]] = []  # place, shard, member
         found: list[Any] = [None] * len(shards)
-        for (shard, places), table, handle in zip(groups.items(), tables, handles, strict=True):
+        for (shard, places), table, pages in zip(groups.items(), tables, opened, strict=True):
             url = self.manifest.shard_url(shard)
             for place in places:
                 members = table.members(indices[place])
-                fields = {} if handle is None else self._read_members(shard, handle, members)
+                fields = {} if pages is None else self._read_members(shard, pages, members)
                 found[place] = Sample(table.key(indices[place]), fields, url)
-                if handle is None:
+                if pages is None:
                     by_ranges += [(place, shard, member) for member in members]
         if by_ranges:
             self._read_by_ranges(by_ranges, found)
         return found
 
-    def _read_members(self, shard: int, handle: int, members: list[Member]) -> dict[str, Any]:
+    def _read_members(self, shard: int, pages: Pages, members: list[Member]) -> dict[str, Any]:
         """The fields of one sample, each compared with its checksum while it is still in the processor's cache."""
-        crc32c, pread, fields = google_crc32c.value, os.pread, {}
+        crc32c, fields = google_crc32c.value, {}
         for name, start, size, expected in members:
-            piece = pread(handle, size, start)
+            piece = pages[start : start + size]
             if crc32c(piece) != expected:
                 piece = self._read_again(shard, (name, start, size, expected), len(piece))
             fields[name] = piece

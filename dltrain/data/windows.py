@@ -9,7 +9,6 @@ are counted and addressed by arithmetic and read by byte range, so that a series
 from __future__ import annotations
 
 import io
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -121,32 +120,25 @@ class WindowDataset:
         ]
 
     def _values(self, shard: int, series: Integers, starts: Integers) -> list[NDArray[Any]]:
-        """The windows that begin at these bytes, each [steps, channels]; series of one kind are read together."""
-        table, steps, values = self._shards[shard], self._window.steps, [np.empty(0)] * len(series)
-        for kind in np.unique(table.kind[series]).tolist():
-            mine = np.flatnonzero(table.kind[series] == kind)
-            dtype, channels = table.kinds[kind]
-            rows = self._rows(shard, starts[mine].tolist(), steps * channels * dtype.itemsize)
-            for place, piece in zip(mine.tolist(), rows.view(dtype).reshape(-1, steps, channels), strict=True):
-                values[place] = piece
-        return values
+        """The windows that begin at these bytes, each [steps, channels]."""
+        table, steps = self._shards[shard], self._window.steps
+        sizes = (steps * table.row[series]).tolist()
+        pieces = self._pieces(shard, list(zip(starts.tolist(), sizes, strict=True)))
+        short = next((piece for piece, size in zip(pieces, sizes, strict=True) if len(piece) < size), None)
+        if short is not None:
+            url = self.reader.manifest.shard_url(shard)
+            raise BadSample(f"shard {url} is truncated: a window has {len(short)} bytes instead of {max(sizes)}")
+        kinds = [((steps, channels), dtype) for dtype, channels in table.kinds]
+        return [
+            np.ndarray(kinds[kind][0], kinds[kind][1], piece)
+            for piece, kind in zip(pieces, table.kind[series].tolist(), strict=True)
+        ]
 
-    def _rows(self, shard: int, starts: list[int], size: int) -> NDArray[np.uint8]:
-        """``size`` bytes from each of ``starts``, uint8 [starts, size], each read straight into its row."""
-        handle = self.reader.files.handles([shard])[0]
-        rows = np.empty((len(starts), size), np.uint8)
-        if handle is None:
-            pieces = self.reader.files.read([(shard, [(start, size) for start in starts])])[0]
-            got = [len(piece) for piece in pieces]
-        else:
-            view, preadv = rows.reshape(-1).data, os.preadv
-            got = [preadv(handle, [view[n * size : (n + 1) * size]], start) for n, start in enumerate(starts)]
-        if min(got) < size:
-            raise BadSample(
-                f"shard {self.reader.manifest.shard_url(shard)} is truncated: a window from byte "
-                f"{starts[got.index(min(got))]} on has {min(got)} bytes of {size}"
-            )
-        return np.frombuffer(b"".join(pieces), np.uint8).reshape(rows.shape) if handle is None else rows
+    def _pieces(self, shard: int, ranges: list[Range]) -> list[bytes]:
+        pages = self.reader.files.pages([shard])[0]
+        if pages is None:
+            return self.reader.files.read([(shard, ranges)])[0]
+        return [pages[start : start + size] for start, size in ranges]
 
     def _beside(self, shard: int, series: int) -> dict[str, Any]:
         """The other fields of a series. Where its shard has not been checked on the way here, the series is, once: its

@@ -1,0 +1,180 @@
+"""SageMaker's channels: found whoever describes them, taken for the data, and refused what they cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dltrain.config import Config, Data, Length, Run
+from dltrain.config.tree import Checkpoint, Evaluation, Source
+from dltrain.errors import UserError
+from dltrain.runtime.environment import Environment
+from dltrain.sagemaker.channels import (
+    Channel,
+    apply_channels,
+    caution,
+    channel_of,
+    read_channels,
+    refuse_impossible,
+    refuse_resume,
+    special_channel,
+)
+
+# as the platform writes it (developer guide, "How Amazon SageMaker provides training information")
+DESCRIBED = {
+    "train": {
+        "ContentType": "application/x-tar",
+        "TrainingInputMode": "FastFile",
+        "S3DistributionType": "ShardedByS3Key",
+        "RecordWrapperType": "None",
+    },
+    "validation": {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated", "RecordWrapperType": "None"},
+    "extra-2": {"TrainingInputMode": "Pipe", "RecordWrapperType": "RecordIO", "CompressionType": "Gzip"},
+}
+TWO_HOSTS = Environment(0, 4, 0, 2)
+ONE_RANK = Environment()
+NINE = Length.parse("9st")
+STEPS = Config(run=Run(length=NINE), checkpoint=Checkpoint(every=NINE), evaluation=Evaluation(every=NINE))
+
+
+def described(folder: Path, tree: Any) -> dict[str, str]:
+    config = folder / "input" / "config"
+    config.mkdir(parents=True)
+    (config / "inputdataconfig.json").write_text(tree if isinstance(tree, str) else json.dumps(tree))
+    return {"SAGEMAKER_BASE_DIR": str(folder)}
+
+
+def reading(name: str, **changes: Any) -> Config:
+    """A config of whole steps whose training data are the channel ``name``."""
+    return STEPS.replace(data=Data(train=f"/ml/{name}", **changes))
+
+
+def channels(**modes: str) -> dict[str, Channel]:
+    """Channels below /ml by name: File, Pipe, or ShardedByS3Key."""
+    return {
+        name: Channel(name, Path("/ml") / name, distribution=mode)
+        if mode == "ShardedByS3Key"
+        else Channel(name, Path("/ml") / name, mode)
+        for name, mode in modes.items()
+    }
+
+
+def test_the_platforms_file_says_what_each_channel_is(tmp_path: Path) -> None:
+    data = tmp_path / "input" / "data"
+    assert read_channels(described(tmp_path, DESCRIBED)) == {
+        "train": Channel("train", data / "train", "FastFile", "ShardedByS3Key", "application/x-tar"),
+        "validation": Channel("validation", data / "validation", "File", "FullyReplicated"),
+        "extra-2": Channel("extra-2", data / "extra-2", "Pipe", "FullyReplicated", "", "Gzip", "RecordIO"),
+    }
+
+
+def test_variables_say_the_same_where_there_is_no_file(tmp_path: Path) -> None:
+    said = {"SM_INPUT_CONFIG_DIR": str(tmp_path), "SM_INPUT_DATA_CONFIG": json.dumps(DESCRIBED)}
+    assert read_channels(said)["extra-2"] == Channel(
+        "extra-2", Path("/opt/ml/input/data/extra-2"), "Pipe", "FullyReplicated", "", "Gzip", "RecordIO"
+    )
+    named = {"SM_CHANNELS": '["train","extra-2"]', "SM_CHANNEL_TRAIN": "/data/a", "SM_CHANNEL_EXTRA_2": "/data/b"}
+    found = read_channels({"SM_INPUT_CONFIG_DIR": str(tmp_path), **named})
+    assert found == {"train": Channel("train", Path("/data/a")), "extra-2": Channel("extra-2", Path("/data/b"))}
+    moved = read_channels({**described(tmp_path, DESCRIBED), "SM_CHANNEL_EXTRA-2": "/data/c"})
+    assert moved["extra-2"].folder == Path("/data/c")
+
+
+def test_outside_sagemaker_there_are_none(tmp_path: Path) -> None:
+    assert read_channels({"SM_INPUT_CONFIG_DIR": str(tmp_path)}) == {}
+    config = Config(data=Data(train="s3://bucket/train"))
+    assert apply_channels(config, {}) is config
+    assert special_channel(config, {}, nodes=2) is None
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        ("{", r"inputdataconfig.json is not JSON .* input channels"),
+        (
+            {"train": {"TrainingInputMode": "Hose"}},
+            "channel 'train' says 'Hose', which is none of File, FastFile, Pipe",
+        ),
+        (
+            {"train": {"S3DistributionType": "ByMood"}},
+            "says 'ByMood', which is none of FullyReplicated, ShardedByS3Key",
+        ),
+    ],
+)
+def test_a_description_nobody_knows_is_refused(tmp_path: Path, tree: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read_channels(described(tmp_path, tree))
+
+
+def test_data_left_empty_are_taken_from_the_channels() -> None:
+    found = apply_channels(Config(), channels(training="File", test="FastFile", evaluation="File", other="File"))
+    assert (found.data.train, found.data.evaluation) == ("/ml/training", "/ml/test")
+    both = apply_channels(Config(), channels(train="File", training="File", validation="File", test="File"))
+    assert (both.data.train, both.data.evaluation) == ("/ml/train", "/ml/validation")
+    given = Config(data=Data(train="s3://bucket/a", evaluation="s3://bucket/b"))
+    assert apply_channels(given, channels(train="File", test="File")) == given
+    mixture = Config(data=Data(sources=(Source(url="s3://bucket/a"),)))
+    assert apply_channels(mixture, channels(train="File")).data.train == ""
+
+
+def test_a_url_belongs_to_the_channel_it_lies_in() -> None:
+    known = channels(train="File", **{"train-index": "File"})
+    for url in ("/ml/train", "/ml/train/digits", "file:///ml/train"):
+        assert channel_of(url, known) == known["train"]
+    assert channel_of("/ml/train-index", known) == known["train-index"]
+    for url in ("", "/ml/other", "s3://ml/train", "bundled://digits/train"):
+        assert channel_of(url, known) is None
+
+
+def test_only_pipes_and_parts_are_special() -> None:
+    known = channels(train="File", pipe="Pipe", part="ShardedByS3Key")
+    assert special_channel(reading("train"), known, nodes=2) is None
+    assert special_channel(reading("pipe"), known, nodes=1) == known["pipe"]
+    assert special_channel(reading("part"), known, nodes=2) == known["part"]
+    assert special_channel(reading("part"), known, nodes=1) is None  # one host has all of it
+    for name, kind in (("pipe", "a Pipe"), ("part", "ShardedByS3Key")):
+        line = caution(known[name])
+        assert f"channel '{name}' is {kind}: an exact resume and another world size are not available" in line
+        with pytest.raises(UserError, match=f"cannot be resumed from channel '{name}': it is {kind}"):
+            refuse_resume(reading(name), known, nodes=2)
+    refuse_resume(reading("train"), known, nodes=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "sentence"),
+    [
+        (reading("a", evaluation="/ml/pipe"), ONE_RANK, "'pipe' is a Pipe and cannot hold the held-out samples"),
+        (reading("a", evaluation="/ml/part"), TWO_HOSTS, "'part' is ShardedByS3Key and cannot hold the held-out"),
+        (reading("pipe", workers=2), ONE_RANK, "only one process can read; set data.workers 0"),
+        (reading("pipe", bad_samples=2), ONE_RANK, "set data.bad_samples 0"),
+        (reading("pipe", tail="drop"), ONE_RANK, "set data.tail carry"),
+        (reading("pipe", global_batch_size=6), TWO_HOSTS, "global_batch_size is 6; give a multiple of 4"),
+        (
+            Config(data=Data(train="/ml/pipe")),
+            ONE_RANK,
+            r"run.length 10ep, checkpoint.every 1ep; give steps \(st\), or .* in a channel 'pipe-index'",
+        ),
+        (
+            STEPS.replace(data=Data(sources=(Source(url="/ml/pipe"),))),
+            ONE_RANK,
+            "'pipe' is a Pipe and cannot be part of a mixture",
+        ),
+    ],
+)
+def test_what_a_channel_cannot_do_is_refused(config: Config, environment: Environment, sentence: str) -> None:
+    known = channels(a="File", pipe="Pipe", part="ShardedByS3Key")
+    with pytest.raises(UserError, match=sentence):
+        refuse_impossible(config, known, environment)
+
+
+def test_what_a_channel_can_do_is_not_refused() -> None:
+    known = channels(a="File", pipe="Pipe", part="ShardedByS3Key", indexed="Pipe", **{"indexed-index": "File"})
+    refuse_impossible(reading("a", evaluation="/ml/part", workers=2, tail="drop"), known, ONE_RANK, windows=True)
+    refuse_impossible(reading("part", workers=2, tail="drop"), known, TWO_HOSTS, windows=True)
+    refuse_impossible(reading("pipe", evaluation="/ml/a", global_batch_size=8), known, TWO_HOSTS)
+    refuse_impossible(Config(data=Data(train="/ml/indexed")), known, ONE_RANK)  # a manifest tells how long an epoch is
+    with pytest.raises(UserError, match="windows of time series"):
+        refuse_impossible(reading("pipe"), known, ONE_RANK, windows=True)
