@@ -25,6 +25,8 @@ from dltrain.data.manifest import Manifest, load_manifest
 from dltrain.data.writer import Limits
 from dltrain.errors import UserError
 
+_WHAT = "Make, check and look at data sets of shards. Settings of storage are taken too: --storage.profile NAME."
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 _CONVERT = {
@@ -39,7 +41,7 @@ _CONVERT = {
 
 def run(arguments: Sequence[str]) -> int:
     """Run one of the commands on shards."""
-    parser = Parser(prog="dltrain shards", description="Make, check and look at data sets of shards.")
+    parser = Parser(prog="dltrain shards", description=_WHAT)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_making(commands)
     _add_looking(commands)

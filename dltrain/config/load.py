@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from dltrain.config.tree import Config, Section
+from dltrain.config.tree import Config, Section, Source
 from dltrain.errors import UserError, nearest
 
 C = TypeVar("C", bound=Config)
@@ -121,6 +121,8 @@ def explain(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden" and "sources" in first["loc"]:
+        return f"there is no setting {name!r}; {nearest(str(first['loc'][-1]), Source.model_fields)}"
     found = "" if not name else f"--{name}: " if first["type"] == "missing" else f"--{name} is {first['input']!r}: "
     return f"{found}{reason[0].lower()}{reason[1:]}"
 

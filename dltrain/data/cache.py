@@ -22,13 +22,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import ENOSPC
+from functools import cached_property
 from pathlib import Path
 
 from dltrain.errors import UserError
 from dltrain.storage.counters import count
+
+_CLEARED = 5
+"""How often the folder may be cleared during one download before that is an error."""
 
 Fill = Callable[[memoryview], None]
 """Writes the object's bytes into the buffer, or raises."""
@@ -42,7 +46,7 @@ class Item:
     bytes: int
     crc32c: int
 
-    @property
+    @cached_property
     def name(self) -> str:
         """File name in the cache: other content or another place is another name."""
         return hashlib.sha256(f"{self.url} {self.bytes} {self.crc32c}".encode()).hexdigest()[:32] + ".shard"
@@ -85,7 +89,8 @@ class NodeCache:
             handle = os.open(self.folder / item.name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        os.utime(handle)
+        with suppress(OSError):  # in a cache one may only read, entries have no ages
+            os.utime(handle)
         return handle
 
     def holds(self, item: Item) -> bool:
@@ -103,6 +108,17 @@ class NodeCache:
                 f"{item.url} has {item.bytes} bytes, more than the {self.budget} of the cache {self.folder}; "
                 "give data.cache_gib more, or data.cache off"
             )
+        for cleared in range(_CLEARED):
+            try:
+                return self._fetch(item, fill, victims, wait)
+            except FileNotFoundError as error:
+                if cleared == _CLEARED - 1:
+                    raise self._fails(item, error) from None
+            except OSError as error:
+                raise self._fails(item, error) from None
+        return None
+
+    def _fetch(self, item: Item, fill: Fill, victims: Victims, wait: bool) -> int | None:
         while True:
             found = self.find(item)
             if found is not None:
@@ -116,6 +132,12 @@ class NodeCache:
                     self._part(item).unlink()
                     return None
                 return self._complete(item, part, fill, victims)
+
+    def _fails(self, item: Item, error: OSError) -> UserError:
+        return UserError(
+            f"the cache {self.folder} fails for {item.url}: {error.strerror}; "
+            "mend it, or give data.cache another folder, or off"
+        )
 
     def drop(self, item: Item) -> None:
         """Forget a copy that turned out to be damaged."""
@@ -175,8 +197,9 @@ class NodeCache:
         """Reserve the item's bytes, evicting what must go; False if there is no room and no waiting for it."""
         while True:
             with self._locked():
+                used = self._on_their_way(item)  # counted first: what is finished meanwhile counts twice, not never
                 entries = self.entries()
-                used = sum(entry.bytes for entry in entries) + self._on_their_way(item)
+                used += sum(entry.bytes for entry in entries)
                 for entry in victims(entries):
                     if used + item.bytes <= self.budget:
                         break

@@ -92,7 +92,7 @@ class CachedFiles(ShardFiles):
 
     def _neighbours(self) -> list[CachedFiles]:
         """The files of this process that share the cache and follow a route, these among them."""
-        return [files for files in _following if files.cache.folder == self.cache.folder]
+        return [files for files in list(_following) if files.cache.folder == self.cache.folder]
 
     def advance(self, position: int) -> None:
         """The next batch begins at this position."""
@@ -215,8 +215,8 @@ class CachedFiles(ShardFiles):
 
     def _names(self) -> dict[str, int]:
         if not self._shards_by_name:
-            for items in (self._items, self._indexes):
-                self._shards_by_name.update({item.name: shard for shard, item in enumerate(items)})
+            both = (self._items, self._indexes)  # assigned whole, since threads ask for it too
+            self._shards_by_name = {item.name: shard for items in both for shard, item in enumerate(items)}
         return self._shards_by_name
 
     def _threads(self) -> int:
@@ -241,4 +241,5 @@ def _crc32c(view: memoryview) -> int:
 
 
 def _gib(size: int) -> str:
-    return f"{-(-size * 1000 // (1 << 30)) / 1000:.3f}"
+    """Rounded up, with as many digits as tell small caches apart."""
+    return f"{-(-size * 10**6 // (1 << 30)) / 10**6:f}".rstrip("0").rstrip(".")

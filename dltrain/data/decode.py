@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -101,7 +102,11 @@ def _guarded(sample: Sample, name: str, decode: Callable[[], Array]) -> Array:
     try:
         return decode()
     except (ValueError, OSError, TypeError, EOFError, SyntaxError) as error:  # Pillow tells a broken PNG by the last
-        raise BadSample(f"cannot decode field {name!r} of {sample.where}: {error}") from None
+        reason = re.sub(r" <.*?>", "", str(error))  # Pillow names the object it was given
+        raise BadSample(
+            f"cannot decode field {name!r} of {sample.where}: {reason}; write the sample anew, or let some be replaced "
+            "with data.bad_samples"
+        ) from None
 
 
 def _decoder(extension: str, sample: Sample, name: str, allow_pickle: bool) -> Callable[[bytes], Array]:

@@ -15,21 +15,23 @@ Label = TypeVar("Label")
 def moved_ahead(batches: Iterable[tuple[Label, Batch]], device: torch.device) -> Iterator[tuple[Label, Batch]]:
     """The same batches on a CUDA device, each copied on a stream of its own one step before it is handed out."""
     copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting: tuple[Label, Batch] | None = None
+    waiting: tuple[Label, Batch, torch.cuda.Event] | None = None
     for label, batch in batches:
+        copied: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(copies):
             moved = batch.to(device)
+            copied.record(copies)
         if waiting is not None:
-            yield _ready(waiting, copies, device)
-        waiting = label, moved
+            yield _ready(*waiting, device)
+        waiting = label, moved, copied
     if waiting is not None:
-        yield _ready(waiting, copies, device)
+        yield _ready(*waiting, device)
 
 
-def _ready(pair: tuple[Label, Batch], copies: torch.cuda.Stream, device: torch.device) -> tuple[Label, Batch]:
-    """A batch the current stream may use: it waits for the copy, and keeps the memory until its work is done."""
+def _ready(label: Label, batch: Batch, copied: torch.cuda.Event, device: torch.device) -> tuple[Label, Batch]:
+    """A batch the current stream may use: it waits for this copy alone, and keeps the memory until its work is done."""
     current = torch.cuda.current_stream(device)
-    current.wait_stream(copies)
-    for value in (*pair[1].fields.values(), pair[1].weight):
+    current.wait_event(copied)
+    for value in (*batch.fields.values(), batch.weight):
         value.record_stream(current)
-    return pair
+    return label, batch

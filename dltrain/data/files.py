@@ -9,6 +9,7 @@ All three answer one question: these ranges of these shards, please.
 from __future__ import annotations
 
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ GAP_BYTES = 64 << 10
 GROUP_BYTES = 1 << 20
 """Larger than this a request is one of many behind which others wait (``storage/gate.py``)."""
 
-OPEN_SHARDS = 128
+OPEN_SHARDS = max(8, min(128, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
 
 
 class ShardFiles(Protocol):

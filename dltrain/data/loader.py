@@ -164,6 +164,8 @@ class Loader:
     def peek(self) -> Batch:
         """The batch at the current position, without moving."""
         fetched = self._fetch[next(self._spans(self.position))]
+        if self._workers:
+            self._fetch.rest()  # workers fetch ahead themselves, and this process comes no further
         if fetched.batch is None:
             raise UserError(fetched.error)
         return fetched.batch

@@ -20,6 +20,9 @@ from dltrain.errors import UserError
 _BUSY_SECONDS = 0.2
 """How soon to look again at a shard that another process is fetching."""
 
+_FAILED_SECONDS = 10.0
+"""And at one that could not be fetched."""
+
 
 @dataclass(frozen=True)
 class Depth:
@@ -49,6 +52,7 @@ class Prefetcher:
         self._later: dict[int, float] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._failure: Exception | None = None
         self._threads = [threading.Thread(target=self._run, name="dltrain-ahead", daemon=True) for _ in range(threads)]
 
     def start(self, position: int) -> None:
@@ -58,7 +62,9 @@ class Prefetcher:
             thread.start()
 
     def advance(self, position: int) -> None:
-        """The reader has come so far."""
+        """The reader has come so far. Raises what has ended a thread, if anything has."""
+        if self._failure is not None:
+            raise self._failure
         if self._route.window(position) == self._window:
             self._position = position
             return
@@ -73,6 +79,12 @@ class Prefetcher:
             self._changed.notify_all()
 
     def _run(self) -> None:
+        try:
+            self._fetch_ahead()
+        except Exception as error:  # noqa: BLE001  raised again where the reader is
+            self._failure = error
+
+    def _fetch_ahead(self) -> None:
         while not self._closed:
             with self._changed:
                 shard = self._next()
@@ -80,13 +92,14 @@ class Prefetcher:
                     self._changed.wait(_BUSY_SECONDS if self._later else 1.0)
                     continue
                 self._later[shard] = np.inf
-            self._later[shard] = time.monotonic() + (0.0 if self._try(shard) else _BUSY_SECONDS)
+            self._later[shard] = time.monotonic() + self._try(shard)
 
-    def _try(self, shard: int) -> bool:
+    def _try(self, shard: int) -> float:
+        """Fetch a shard; the seconds after which to look at it again."""
         try:
-            return self._fetch(shard)
-        except UserError:
-            return False  # the reader meets the same failure where it needs the shard, and tells it then
+            return 0.0 if self._fetch(shard) else _BUSY_SECONDS
+        except (UserError, OSError):
+            return _FAILED_SECONDS  # the reader meets the same failure where it needs the shard, and tells it then
 
     def _next(self) -> int | None:
         """The first shard on the route that is neither there nor being fetched, within the depth."""

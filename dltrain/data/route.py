@@ -104,6 +104,8 @@ class Route:
     def needed(self, epoch: int) -> int:
         """Most bytes that two windows in succession touch: the smallest cache that never loads a shard twice."""
         stops = self.stops(epoch)
+        if not len(stops.shard):
+            return 0
         size = self.shard_bytes[stops.shard]
         times = np.concatenate((stops.first - 1, stops.last + 1))
         order = np.argsort(times, kind="stable")
@@ -121,13 +123,15 @@ def _stops(order: Line, node: int, nodes: int, epoch: int) -> Stops:
     uneven = int(np.ptp(walk.lane_sizes)) > 1
     parts = []
     for begin, size in zip(walk.lane_starts[lanes].tolist(), walk.lane_sizes[lanes].tolist(), strict=True):
+        if not size:
+            continue  # a small source of a mixture need not reach every lane
         places = np.flatnonzero((ends > begin) & (walk.starts < begin + size) & (ends > walk.starts))
         first = np.maximum(walk.starts[places] - begin, 0) // order.window
         last = (np.minimum(ends[places], begin + size) - 1 - begin) // order.window
         if uneven:
             first, last = _on_the_mean(order, first, last, size)
         parts.append(np.stack((first, last, walk.shards[places])))
-    table = np.concatenate(parts, axis=1)
+    table = np.concatenate([np.empty((3, 0), dtype=np.int64), *parts], axis=1)
     table = table[:, np.argsort(table[0], kind="stable")]
     longest = -(-order.samples // order.lanes) if uneven else int(walk.lane_sizes.max())
     return Stops(table[2], table[0], table[1], -(-longest // order.window))

@@ -141,11 +141,11 @@ class WindowDataset:
         return [pages[start : start + size] for start, size in ranges]
 
     def _beside(self, shard: int, series: int) -> dict[str, Any]:
-        """The other fields of a series. Where its shard has not been checked on the way here, the series is, once: its
-        checksum covers the whole member, and a window is a part of it."""
+        """The other fields of a series, which is checked itself when it is first met: its checksum covers the whole
+        member, and a window is a part of it. Where only ranges are read, windows are not checked."""
         members = self.reader.index(shard).members(series)
         others = [member for member in members if member[0] != self._window.field]
-        if self.reader.files.local and (shard, series) not in self._checked:
+        if (shard, series) not in self._checked and self.reader.files.pages([shard])[0] is not None:
             self.reader.samples([shard], [series])
             self._checked.add((shard, series))
         if not others:

@@ -43,10 +43,12 @@ class HTTPBody:
             self._answer.release_conn()
 
 
-def whole_size(content_range: str, content_length: int) -> int:
-    """Bytes of the whole object, from the headers of a ranged or a full answer."""
-    found = re.fullmatch(r"bytes \S+/(\d+)", content_range)
-    return int(found[1]) if found else content_length
+def whole_size(content_range: str, content_length: int) -> int | None:
+    """Bytes of the whole object, from the headers of a ranged or a full answer; None where they do not tell."""
+    if content_range:
+        found = re.fullmatch(r"bytes \S+/(\d+)", content_range)
+        return int(found[1]) if found else None
+    return content_length if content_length >= 0 else None
 
 
 def _unbuffered(answer: urllib3.BaseHTTPResponse) -> Any:

@@ -27,12 +27,12 @@ _CALM_SECONDS = 1.0
 
 
 class Gate:
-    """At most ``most`` requests of this process at a time, and at most ``slots`` of the node; 0 slots is no limit."""
+    """At most ``most`` large and as many small requests of this process at a time; ``slots`` of the node, 0 for any."""
 
     def __init__(self, most: int, slots: int, folder: Path) -> None:
         self._most = most
         self._limit = float(most)
-        self._running = 0
+        self._running = [0, 0]  # large requests, and small ones
         self._changed = threading.Condition()
         self._halved_at = -_CALM_SECONDS
         self._slots = slots
@@ -49,23 +49,26 @@ class Gate:
     def request(self, small: bool = False) -> Iterator[None]:
         """Wait for a place, and keep it while the block runs.
 
-        A ``small`` request, which someone waits for, does not queue behind the parts of large ones.
+        Small requests, for which someone waits, have places of their own: they do not queue behind parts of large ones.
         """
         with self._changed:
-            self._changed.wait_for(lambda: small or self._running < self.limit)
-            self._running += not small
+            self._changed.wait_for(lambda: self._running[small] < self.limit)
+            self._running[small] += 1
         try:
             with self._slot():
                 yield
         finally:
             with self._changed:
-                self._running -= not small
-                self._changed.notify()
+                self._running[small] -= 1
+                self._changed.notify_all()
 
     def succeeded(self) -> None:
         """A request went through: one more is allowed after each round of them."""
         with self._changed:
+            before = self.limit
             self._limit = min(float(self._most), self._limit + 1 / self._limit)
+            if self.limit > before:
+                self._changed.notify_all()
 
     def slow_down(self, now: float) -> None:
         """The server asked for fewer requests; ``now`` is a monotonic time in seconds."""
@@ -100,7 +103,12 @@ class Gate:
         return handle
 
     def _open(self, slot: int) -> int:
-        return os.open(self._folder / f"request-{slot:04d}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file, flags = self._folder / f"request-{slot:04d}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            return os.open(file, flags, 0o600)
+        except FileNotFoundError:  # someone has cleared the temporary folder
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return os.open(file, flags, 0o600)
 
 
 def gate() -> Gate:

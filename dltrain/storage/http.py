@@ -15,6 +15,9 @@ from dltrain.storage.body import HTTPBody, whole_size
 from dltrain.storage.remote import RangedReads
 from dltrain.storage.settings import settings
 
+_REDIRECTS = urllib3.Retry(total=5, connect=0, read=0, status=0, other=0, redirect=5)
+"""Other retries are those of ``ranges.py``."""
+
 
 class HTTPStore(RangedReads):
     """``scheme`` is http or https; a path is host and name, with its query if there is one."""
@@ -60,12 +63,15 @@ class HTTPStore(RangedReads):
         headers = {"Range": span, "Accept-Encoding": "identity", **({"If-Match": etag} if etag else {})}
         try:
             answer = _connections(os.getpid()).request(
-                "GET", self.url(path), headers=headers, preload_content=False, retries=urllib3.Retry(0, redirect=5)
+                "GET", self.url(path), headers=headers, preload_content=False, retries=_REDIRECTS
             )
         except HTTPError as error:
             raise Interrupted(type(error.reason if hasattr(error, "reason") else error).__name__) from None
         if answer.status == 206 or (answer.status == 200 and span.startswith("bytes=0-")):
-            size = whole_size(answer.headers.get("Content-Range", ""), int(answer.headers.get("Content-Length", 0)))
+            size = whole_size(answer.headers.get("Content-Range", ""), int(answer.headers.get("Content-Length", -1)))
+            if size is None:
+                answer.close()
+                raise UserError(f"the server of {self.url(path)} does not tell its size; copy the data elsewhere")
             tag = answer.headers.get("ETag", "")
             return HTTPBody(answer, ObjectInfo(size, "" if tag.startswith("W/") else tag))
         answer.close()

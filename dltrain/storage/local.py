@@ -66,6 +66,11 @@ class LocalStore:
     @staticmethod
     def _file(path: str) -> Path:
         file = Path(path)
-        if not file.is_file():
-            raise ObjectNotFound(f"there is no file {path}")
+        try:
+            if not file.is_file():
+                raise ObjectNotFound(f"there is no file {path}")
+            if not os.access(file, os.R_OK):
+                raise UserError(f"cannot read {path}: permission denied")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
         return file

@@ -16,7 +16,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import lru_cache
 
@@ -48,6 +48,10 @@ def read_whole(store: RemoteStore, path: str) -> bytearray:
     return data
 
 
+class _GivenUp(Exception):
+    """A part that was not read to its end, since another one cannot be."""
+
+
 class Reading:
     """One read of bytes from ``start`` into ``buffer``, of the object tagged ``etag`` where that is given."""
 
@@ -56,6 +60,8 @@ class Reading:
         self._store, self._path, self._start, self._buffer = store, path, start, buffer
         self._etag = etag
         self._lock = threading.Lock()
+        self._failed = False
+        """Another part has failed for good: the rest need not be read."""
 
     def run(self) -> int:
         """Fill the buffer; the bytes the object had. Raises :class:`ObjectChanged`, :class:`UserError`."""
@@ -63,8 +69,13 @@ class Reading:
         firsts = range(0, len(self._buffer), part)
         if len(firsts) <= 1:
             return self._part(0, len(self._buffer))
-        stops = (min(first + part, len(self._buffer)) for first in firsts)
-        return sum(_pool(os.getpid(), settings().in_flight).map(self._part, firsts, stops))
+        pool = _pool(os.getpid(), settings().in_flight)
+        parts = [pool.submit(self._part, first, min(first + part, len(self._buffer))) for first in firsts]
+        wait(parts)  # also after a failure: nobody may write into the buffer once it is given back
+        failures = [failure for part in parts if (failure := part.exception()) is not None]
+        if failures:
+            raise next((failure for failure in failures if not isinstance(failure, _GivenUp)), failures[0])
+        return sum(part.result() for part in parts)
 
     def _part(self, first: int, stop: int) -> int:
         """Fill ``buffer[first:stop]``, however many requests it takes."""
@@ -80,6 +91,9 @@ class Reading:
             except Interrupted as error:
                 failures = 1 if done > before else failures + 1
                 self._pause(error, failures)
+            except BaseException:
+                self._failed = True
+                raise
         return done - first
 
     def _request(self, done: int, stop: int) -> Iterator[int]:
@@ -90,6 +104,8 @@ class Reading:
                 self._agree(body.info)
                 stop = min(stop, body.info.size - self._start)
                 while done < stop:
+                    if self._failed:
+                        raise _GivenUp
                     got = body.readinto(self._buffer[done:stop])
                     if not got:
                         raise Interrupted("the connection closed early")
@@ -111,8 +127,11 @@ class Reading:
 
     def _pause(self, error: Interrupted, failures: int) -> None:
         """Wait before the next attempt, or give up."""
+        if self._failed:
+            raise _GivenUp
         attempts = settings().attempts if (os.getpid(), type(self._store)) in _met else _ATTEMPTS_BEFORE_CONTACT
         if failures >= attempts:
+            self._failed = True
             raise self._store.unreachable(self._path, f"{failures} attempts, the last: {error}") from None
         count(retries=1)
         if error.throttled:

@@ -12,7 +12,9 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,
+    CredentialRetrievalError,
     HTTPClientError,
+    MetadataRetrievalError,
     NoCredentialsError,
     PartialCredentialsError,
 )
@@ -56,9 +58,15 @@ class S3Store(RangedReads):
             raise _mendable(error) or _refusal(path, error) from None
         except (ConnectionError, HTTPClientError) as error:
             raise Interrupted(type(error).__name__) from None
+        except (CredentialRetrievalError, MetadataRetrievalError) as error:
+            raise Interrupted(type(error).__name__) from None  # the chain's own servers have bad moments too
         except BotoCoreError as error:
             raise _unasked(path, error) from None
-        size = whole_size(answer.get("ContentRange", ""), answer["ContentLength"])
+        size = whole_size(answer.get("ContentRange", ""), answer.get("ContentLength", -1))
+        if size is None:
+            raise UserError(
+                f"the endpoint {_endpoint()} does not tell the size of s3://{path}; it speaks another protocol"
+            )
         return HTTPBody(answer["Body"]._raw_stream, ObjectInfo(size, answer.get("ETag", "")))
 
     def url(self, path: str) -> str:
@@ -162,8 +170,8 @@ def _refusal(path: str, error: ClientError) -> Exception:
         return UserError(f"S3 refused the credentials for s3://{path} ({code}); check AWS_ACCESS_KEY_ID or AWS_PROFILE")
     if code in _FORBIDDEN:
         return UserError(
-            f"S3 denies access to s3://{path} ({code}); the role needs s3:GetObject and s3:ListBucket, and a bucket "
-            "whose readers pay takes --storage.requester_pays true"
+            f"S3 denies access to s3://{path} ({code}); check the credentials: the role needs s3:GetObject and "
+            "s3:ListBucket, and a bucket whose readers pay takes --storage.requester_pays true"
         )
     if code in _PAST_THE_END:
         return PastTheEnd()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +21,10 @@ from dltrain.config import Storage
 from dltrain.data.cache import NodeCache
 from dltrain.data.dataset import Cache, open_dataset
 from dltrain.data.loader import Loader
+from dltrain.data.mixture import MixedDataset, Source
 from dltrain.data.order import Order
 from dltrain.data.sample import Sample
+from dltrain.data.windows import Window
 from dltrain.data.writer import ShardWriter
 from dltrain.errors import UserError
 from dltrain.storage import s3_client
@@ -183,7 +187,7 @@ def test_bad_samples_within_a_budget_are_replaced_on_every_rank_alike(
 
 
 def test_a_cache_too_small_says_how_much_it_takes(server: FaultyS3, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"need 0\.\d{3} GiB: give data\.cache_gib at least that"):
+    with pytest.raises(UserError, match=r"need 0\.\d+ GiB: give data\.cache_gib at least that"):
         loader(tmp_path, budget=2_000_000)
 
 
@@ -265,6 +269,49 @@ def test_two_nodes_on_one_cache_with_one_killed_again_and_again(server: FaultyS3
         lines = (tmp_path / f"{rank}.jsonl").read_text().splitlines()
         assert [number for line in lines for number in json.loads(line)["numbers"]] == whole[rank::4]
     assert kills >= 3
+
+
+def test_a_failed_part_is_the_error_and_nobody_writes_after_it(server: FaultyS3, tmp_path: Path) -> None:
+    """Some parts are refused while others still stream: the cache gives its map back only when all have ended."""
+    server.set(Faults(bandwidth=2e6, expire_after=2))
+    source = loader(tmp_path)
+    with pytest.raises(UserError, match=r"ExpiredToken|refused the credentials"):
+        numbers(source)
+
+
+def test_windows_of_a_damaged_series_are_an_error(server: FaultyS3, tmp_path: Path) -> None:
+    series = io.BytesIO()
+    np.save(series, np.zeros((1000, 2), np.float32))
+    with ShardWriter("s3://data/series") as writer:
+        writer.write("one", {"npy": series.getvalue()})
+    server.set(Faults(flip_bit="series/*.tar"))
+    dataset = open_dataset("s3://data/series", Window(lookback=8, horizon=2), Cache(str(tmp_path)))
+    with pytest.raises(UserError, match=r"sample 'one' of shard s3://data/series/.* is damaged"):
+        dataset.read(np.zeros(4, np.int64), np.arange(4))
+
+
+def test_a_rank_with_workers_does_not_fetch_ahead_itself(server: FaultyS3, tmp_path: Path) -> None:
+    source = loader(tmp_path, workers=1)
+    source.peek()
+    assert source._fetch.dataset.reader.files._prefetcher is None
+
+
+def test_a_mixture_with_a_source_smaller_than_its_lanes_is_fetched_ahead(server: FaultyS3, tmp_path: Path) -> None:
+    with ShardWriter("s3://data/few") as writer:
+        for key in KEYS[:5]:
+            writer.write(key, {"bin": content(key)})
+    sources = (Source(URL, weight=3), Source("s3://data/few", weight=1))
+    mixed = MixedDataset(sources, [open_dataset(source.url, cache=Cache(str(tmp_path))) for source in sources])
+    source = Loader(mixed, mixed.order(seed=1, lanes=16, window=8), checked, global_batch_size=24)
+    assert len(numbers(source, 30)) == 30 * 24
+
+
+def test_a_cache_cleared_in_the_middle_is_filled_again(server: FaultyS3, expected: list[int], tmp_path: Path) -> None:
+    source, found = loader(tmp_path / "cache"), []
+    for _, batch in zip(range(20), source, strict=False):
+        found += batch.fields["number"].tolist()
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    assert found == expected
 
 
 @pytest.fixture
