@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -194,17 +193,6 @@ def test_a_child_forked_during_a_download_does_not_keep_its_lock(tmp_path: Path)
 def test_a_shard_larger_than_the_budget_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"s3://bucket/0 has {SIZE} bytes, more than the 1000 .* data\.cache_gib"):
         put(NodeCache(tmp_path, 1000), 0)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_on_a_full_disk_others_go_first_and_then_one_sentence_tells(small_disk: Path) -> None:

@@ -314,17 +314,6 @@ def test_a_cache_cleared_in_the_middle_is_filled_again(server: FaultyS3, expecte
     assert found == expected
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "none", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_is_one_sentence(server: FaultyS3, small_disk: Path) -> None:
     source = loader(small_disk, budget=1 << 30)  # as the user thought
     with pytest.raises(UserError, match=r"the disk of .*disk is full: s3://data/set/shard-\d+\.tar needs \d+ bytes"):
