@@ -66,6 +66,9 @@ class Repeat:
     def peek(self) -> Batch:
         return self._batch
 
+    def seen(self) -> dict[str, float]:
+        return {}  # nothing is read, so it costs nothing
+
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 
