@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from dltrain.testing.s3 import S3Server
+from dltrain.config import Storage
+from dltrain.testing.faulty_s3 import Faults, FaultyS3
+from dltrain.testing.s3 import S3Server, forget_client
 
 ROOT = Path(__file__).parent.parent
 TINY = str(Path(__file__).parent / "recipes" / "tiny.py")
@@ -46,6 +48,21 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def s3() -> Iterator[S3Server]:
     with S3Server("data") as server:
         yield server
+
+
+@pytest.fixture
+def no_faults(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The module's S3 server without the faults, and this process without the clients, of the test before.
+
+    Parts are small and waits short.
+    """
+    monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1, timeout=1.0).model_dump_json())
+    monkeypatch.setattr("dltrain.storage.ranges._FIRST_PAUSE", 0.01)
+    server.set(Faults())
+    server.forget()
+    yield
+    server.set(Faults())
+    forget_client()
 
 
 @pytest.fixture

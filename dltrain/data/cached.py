@@ -32,8 +32,11 @@ from dltrain.errors import UserError
 from dltrain.storage.counters import count
 from dltrain.storage.settings import settings
 
-_PATIENCE = 1.0
+PATIENCE = 1.0
 """Seconds a first batch may wait for whole shards before its samples are read by ranges."""
+
+EXPECTED_RATE = 200e6
+"""Bytes per second of a network that has not been measured yet."""
 
 _PIECE = 1 << 20
 
@@ -57,7 +60,7 @@ class CachedFiles(ShardFiles):
         self._ranged = RangedFiles(manifest)
         self._route: Route | None = None
         self._position = 0
-        self._bandwidth = 200e6  # bytes per second, until one has been measured
+        self._bandwidth = EXPECTED_RATE
         self._shards_by_name: dict[str, int] = {}
         self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it runs in
 
@@ -148,7 +151,7 @@ class CachedFiles(ShardFiles):
     def _is_in_a_hurry(self, missing: Sequence[int]) -> bool:
         """Whether nothing has been fetched yet and waiting for these shards would be long."""
         warm = self._prefetcher is None or self._prefetcher[1].warm
-        return not warm and sum(self._items[shard].bytes for shard in missing) > _PATIENCE * self._bandwidth
+        return not warm and sum(self._items[shard].bytes for shard in missing) > PATIENCE * self._bandwidth
 
     def _holds(self, shard: int) -> bool:
         return self.cache.holds(self._items[shard])

@@ -41,9 +41,6 @@ OPEN_SHARDS = max(8, min(128, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8
 class ShardFiles(Protocol):
     """Bytes of shards by number."""
 
-    local: bool = False
-    """Whether the shards lie on this host, where nothing has checked them on their way."""
-
     def pages(self, shards: Sequence[int]) -> list[Pages | None]:
         """The bytes of each shard, by slices; None for one to be read by ranges."""
         ...
@@ -105,8 +102,6 @@ class Opened:
 
 class LocalFiles(ShardFiles):
     """Shards that are files of this host."""
-
-    local: bool = True
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest

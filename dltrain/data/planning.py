@@ -17,21 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from dltrain.data.cached import EXPECTED_RATE, PATIENCE
 from dltrain.data.manifest import Manifest
 from dltrain.data.order import Integers, Order, Pass, step_span, steps_between
 from dltrain.data.reader import INDEXES_KEPT
 from dltrain.data.route import Route
 from dltrain.data.timeline import Timeline, crowd
 from dltrain.errors import UserError
-
-PATIENCE, EXPECTED_RATE = 1.0, 200e6
-"""Seconds for which a first batch waits for whole shards, at so many bytes per second, before it is read by ranges."""
+from dltrain.storage.ranges import SMALL, SMALLEST_PART
 
 ROUND_TRIP = 0.03
 """Seconds until the first byte of an answer."""
 
-_GUESS = 1 << 20  # of an object whose size is not known, such as the manifest: its first request
-_SMALLEST_PART = 4 << 20
 _BYTES_PER_SHARD = 1200  # of a process's lists: the manifest's line, names in the cache, the order's arrays (measured)
 _MOST_WINDOWS = 1 << 18
 _MOST_POSITIONS = 1 << 16
@@ -174,7 +171,7 @@ class _Table:
 def requests_of(size: Integers, training: Training) -> Integers:
     """GETs that read so many bytes: parts as :mod:`dltrain.storage.ranges` makes them, smaller for a short read."""
     share = -(-size // training.in_flight >> 20) + 1 << 20
-    return -(-size // np.minimum(training.part_bytes, np.maximum(_SMALLEST_PART, share)))
+    return -(-size // np.minimum(training.part_bytes, np.maximum(SMALLEST_PART, share)))
 
 
 def _refuse_nonsense(training: Training) -> None:
@@ -232,7 +229,7 @@ def _traffic(lines: list[Timeline], table: _Table, training: Training, manifest_
 
 
 def _manifest_requests(size: int, training: Training) -> int:
-    rest = np.array([max(0, size - _GUESS)])
+    rest = np.array([max(0, size - SMALL)])
     return 1 + int(requests_of(rest, training)[0]) if size else 0
 
 

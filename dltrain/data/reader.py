@@ -96,7 +96,7 @@ class ShardReader:
         missing = [shard for shard in dict.fromkeys(shards) if shard not in self._indexes]
         if missing:
             loaded = zip(missing, self.files.indexes(missing), strict=True)
-            self._indexes.update((shard, self._parse(shard, data)) for shard, data in loaded)
+            self._indexes.update((shard, parse_index(self.manifest, shard, data)) for shard, data in loaded)
         found = [self._indexes[shard] for shard in shards]
         while len(self._indexes) > INDEXES_KEPT:
             self._indexes.popitem(last=False)
@@ -165,19 +165,19 @@ class ShardReader:
             "write the shard anew"
         )
 
-    def _parse(self, shard: int, data: bytes | bytearray) -> ShardIndex:
-        info, url = self.manifest.shards[shard], self.manifest.index_url(shard)
-        if google_crc32c.value(bytes(data)) != info.index_crc32c:
-            raise UserError(f"index {url} is damaged or not the one its manifest describes; index the data set anew")
-        try:
-            index = ShardIndex.from_bytes(data)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{url} is not an index of a shard ({error}); index the data set anew") from None
-        if len(index) != info.samples:
-            raise UserError(
-                f"{url} has {len(index)} samples where the manifest says {info.samples}; index the data set anew"
-            )
-        return index
+
+def parse_index(manifest: Manifest, shard: int, data: bytes | bytearray) -> ShardIndex:
+    """The index of a shard. Raises :class:`UserError` when it is not the one that the manifest describes."""
+    info, url = manifest.shards[shard], manifest.index_url(shard)
+    if google_crc32c.value(bytes(data)) != info.index_crc32c:
+        raise UserError(f"index {url} is damaged or not the one its manifest describes; index the data set anew")
+    try:
+        index = ShardIndex.from_bytes(data)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{url} is not an index of a shard ({error}); index the data set anew") from None
+    if len(index) != info.samples:
+        raise UserError(f"{url} has {len(index)} samples, the manifest says {info.samples}; index the data set anew")
+    return index
 
 
 class ShardDataset:

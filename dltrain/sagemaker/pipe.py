@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, cast
 from dltrain.data.formats import recordio, tar
 from dltrain.data.formats.fields import as_fields
 from dltrain.data.formats.tape import Tape
-from dltrain.data.formats.tar import BLOCK, TarReader, members
+from dltrain.data.formats.tar import BLOCK, TarReader, grouped
 from dltrain.data.order import Integers
 from dltrain.data.sample import Sample
 from dltrain.errors import UserError
@@ -139,22 +139,10 @@ def _tars(file: BinaryIO, where: str) -> Iterator[Keyed]:
                     f"{where} brings something else than tars behind {number} of them; name tars alone by a prefix or "
                     "a manifest file, or let SageMaker wrap each object (RecordWrapperType RecordIO)"
                 )
-            yield from _one_tar(_OneOfMany(cast(BinaryIO, source), f"tar {number} of {where}"))
+            yield from grouped(_OneOfMany(cast(BinaryIO, source), f"tar {number} of {where}"))
             number += 1
         else:
             source.read(BLOCK)
-
-
-def _one_tar(reader: TarReader) -> Iterator[Keyed]:
-    present, fields = "", dict[str, bytes]()
-    for key, field, _ in members(reader):
-        if fields and key != present:
-            yield present, fields
-            fields = {}
-        present = key
-        fields[field] = reader.read()
-    if fields:
-        yield present, fields
 
 
 class _OneOfMany(TarReader):

@@ -25,10 +25,10 @@ from dltrain.storage.counters import count
 from dltrain.storage.gate import gate
 from dltrain.storage.settings import settings
 
-_SMALL = 1 << 20
+SMALL = 1 << 20
 """Reads up to this are someone waiting, not a shard on its way; and what is asked for first where a size is unknown."""
 
-_SMALLEST_PART = 4 << 20
+SMALLEST_PART = 4 << 20
 """Below this a request costs more than the connection it opens up gives."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 20.0
@@ -38,13 +38,13 @@ _ATTEMPTS_BEFORE_CONTACT = 4
 
 def read_whole(store: RemoteStore, path: str) -> bytearray:
     """The object, whatever its size: its first answer tells how much is left."""
-    data = bytearray(_SMALL)
+    data = bytearray(SMALL)
     reading = Reading(store, path, 0, memoryview(data))
     got = reading.run()
-    if reading.info is None or reading.info.size <= _SMALL:
+    if reading.info is None or reading.info.size <= SMALL:
         return data[:got]
-    data = data + bytes(reading.info.size - _SMALL)
-    Reading(store, path, _SMALL, memoryview(data)[_SMALL:], reading.info.etag).run()
+    data = data + bytes(reading.info.size - SMALL)
+    Reading(store, path, SMALL, memoryview(data)[SMALL:], reading.info.etag).run()
     return data
 
 
@@ -98,7 +98,7 @@ class Reading:
 
     def _request(self, done: int, stop: int) -> Iterator[int]:
         """One request for ``buffer[done:stop]``; yields the bytes of each piece that has arrived in its place."""
-        with gate().request(small=stop - done <= _SMALL):
+        with gate().request(small=stop - done <= SMALL):
             count(requests=1)
             with closing(self._store.open(self._path, self._start + done, self._start + stop, self._etag)) as body:
                 self._agree(body.info)
@@ -144,7 +144,7 @@ def _part_bytes(size: int) -> int:
     """As large as the settings say, smaller where a read would leave requests unused."""
     mine = settings()
     share = -(-size // mine.in_flight >> 20) + 1 << 20
-    return min(mine.part_mib << 20, max(_SMALLEST_PART, share))
+    return min(mine.part_mib << 20, max(SMALLEST_PART, share))
 
 
 _met: set[tuple[int, type]] = set()

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dltrain.config import Storage
 from dltrain.data.cache import NodeCache
 from dltrain.data.dataset import Cache, open_dataset
 from dltrain.data.loader import Loader
@@ -45,22 +44,14 @@ def write(url: str, count: int = SAMPLES) -> None:
             writer.write(key, {"bin": content(key)})
 
 
+pytestmark = pytest.mark.usefixtures("no_faults")
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[FaultyS3]:
     with FaultyS3(buckets=("data",)) as server:
         write(URL)
         yield server
-
-
-@pytest.fixture(autouse=True)
-def _clean(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1, timeout=1.0).model_dump_json())
-    monkeypatch.setattr("dltrain.storage.ranges._FIRST_PAUSE", 0.01)
-    server.set(Faults())
-    server.forget()
-    yield
-    server.set(Faults())
-    s3_client.forget()
 
 
 def checked(sample: Sample, random: np.random.Generator | None) -> dict[str, np.ndarray[Any, Any]]:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from dltrain import storage
 from dltrain.cli import shards_plan
 from dltrain.cli.main import Parser
-from dltrain.data import cached
 from dltrain.data.building.progress import size_text
 from dltrain.data.cache import NodeCache
 from dltrain.data.cached import CachedFiles
@@ -24,7 +23,7 @@ from dltrain.data.dataset import Cache, open_dataset
 from dltrain.data.loader import Loader
 from dltrain.data.manifest import NAME, Manifest, ShardInfo, load_manifest
 from dltrain.data.order import Order
-from dltrain.data.planning import EXPECTED_RATE, PATIENCE, Training, make_plan, requests_of
+from dltrain.data.planning import EXPECTED_RATE, Training, make_plan, requests_of
 from dltrain.data.prefetch import Depth
 from dltrain.data.route import Route
 from dltrain.data.sample import Sample
@@ -305,7 +304,7 @@ def test_a_cache_is_refused_where_the_training_would_be(url: str, tmp_path: Path
 
 def test_the_start_is_read_by_ranges_where_whole_shards_would_take_long(tmp_path: Path) -> None:
     files = CachedFiles(manifest_of([1]), NodeCache(tmp_path, 1000), Depth())
-    assert (cached._PATIENCE, files._bandwidth) == (PATIENCE, EXPECTED_RATE)
+    assert files._bandwidth == EXPECTED_RATE
     data = manifest_of([1000] * 64, [100 << 20] * 64, 60_000)
     training = Training(global_batch_size=64, window=100, megabits=8000.0)  # 1e9 bytes per second
     plan = make_plan(data, training)

@@ -26,23 +26,14 @@ DATA = random.Random(0).randbytes(6 * MIB + 12_345)
 URL = "s3://data/large"
 
 
+pytestmark = pytest.mark.usefixtures("no_faults")
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[FaultyS3]:
     with FaultyS3(buckets=("data",)) as server:
         storage.write(URL, DATA)
         yield server
-
-
-@pytest.fixture(autouse=True)
-def _clean(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small parts, short waits, and neither faults nor clients of another test."""
-    monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1, timeout=1.0).model_dump_json())
-    monkeypatch.setattr("dltrain.storage.ranges._FIRST_PAUSE", 0.01)
-    server.set(Faults())
-    server.forget()
-    yield
-    server.set(Faults())
-    s3_client.forget()
 
 
 def read() -> tuple[bytes, counters.Counts]:

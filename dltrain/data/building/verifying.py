@@ -10,7 +10,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +19,7 @@ from dltrain.data.building.jobs import Report, Watch, run_jobs
 from dltrain.data.formats.tape import Scan
 from dltrain.data.index import ShardIndex, sample_names
 from dltrain.data.manifest import Manifest, load_manifest
+from dltrain.data.reader import parse_index
 from dltrain.errors import UserError
 
 KEYS_AT_ONCE = 1 << 25
@@ -67,17 +67,7 @@ def _difference(url: str, scan: Scan, stored: ShardIndex) -> UserError:
 
 
 def _read_index(manifest: Manifest, shard: int) -> ShardIndex:
-    info, url = manifest.shards[shard], manifest.index_url(shard)
-    data = bytes(storage.read(url))
-    if len(data) != info.index_bytes or google_crc32c.value(data) != info.index_crc32c:
-        raise UserError(f"index {url} is damaged or not the one its manifest describes; index the data set anew")
-    try:
-        index = ShardIndex.from_bytes(data)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{url} is not an index of a shard ({error}); index the data set anew") from None
-    if len(index) != info.samples:
-        raise UserError(f"{url} has {len(index)} samples, the manifest says {info.samples}; index the data set anew")
-    return index
+    return parse_index(manifest, shard, storage.read(manifest.index_url(shard)))
 
 
 def check_keys(manifest: Manifest, at_once: int = KEYS_AT_ONCE) -> None:
@@ -96,8 +86,7 @@ def check_keys(manifest: Manifest, at_once: int = KEYS_AT_ONCE) -> None:
 
 
 def _hashes(manifest: Manifest, shard: int) -> NDArray[np.uint64]:
-    hashes = b"".join(map(_hash, sample_names(_read_index(manifest, shard))))
-    return np.frombuffer(hashes, np.uint64)
+    return np.frombuffer(b"".join(map(_hash, sample_names(_read_index(manifest, shard)))), np.uint64)
 
 
 def _hash(key: str) -> bytes:

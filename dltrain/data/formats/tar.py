@@ -194,7 +194,12 @@ def scan(file: BinaryIO, where: str) -> Scan:
 
 def read_samples(file: BinaryIO, where: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Every sample, in the order of the tar: its key, and its bytes by field."""
-    reader, present, fields = TarReader(file, where), "", dict[str, bytes]()
+    return grouped(TarReader(file, where))
+
+
+def grouped(reader: TarReader) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of an open tar: members that share a key and lie next to each other."""
+    present, fields = "", dict[str, bytes]()
     for key, field, _ in members(reader):
         if fields and key != present:
             yield present, fields
