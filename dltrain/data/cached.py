@@ -23,7 +23,7 @@ import numpy as np
 
 from dltrain import storage
 from dltrain.data.cache import Entry, Item, NodeCache, oldest_first
-from dltrain.data.files import Opened, RangedFiles, Request, ShardFiles, request_pool
+from dltrain.data.files import Opened, RangedFiles, Request, ShardFiles, at_once
 from dltrain.data.manifest import Manifest
 from dltrain.data.pages import Pages, open_pages
 from dltrain.data.prefetch import Depth, Prefetcher
@@ -121,7 +121,7 @@ class CachedFiles(ShardFiles):
         missing = [shard for shard, pages in found.items() if pages is None]
         count(cache_hits=len(shards) - len(missing), cache_misses=len(missing))
         if missing and not self._is_in_a_hurry(missing):
-            fetched = request_pool(os.getpid(), settings().in_flight).map(self._fetch, missing)
+            fetched = at_once(self._fetch, missing)
             found.update((shard, self._take(shard, handle)) for shard, handle in zip(missing, fetched, strict=True))
         return [found[shard] for shard in shards]
 
@@ -129,7 +129,7 @@ class CachedFiles(ShardFiles):
         return self._ranged.read(requests)
 
     def indexes(self, shards: Sequence[int]) -> list[bytes | bytearray]:
-        return list(request_pool(os.getpid(), settings().in_flight).map(self._index, shards))
+        return at_once(self._index, shards)
 
     def renew(self, shard: int) -> bool:
         if shard in self._damaged:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from dltrain import storage
 from dltrain.data.manifest import Manifest
@@ -22,6 +23,9 @@ from dltrain.data.pages import Pages, open_pages
 from dltrain.data.route import Route
 from dltrain.errors import UserError
 from dltrain.storage.settings import settings
+
+Job = TypeVar("Job")
+Found = TypeVar("Found")
 
 Range = tuple[int, int]
 """First byte, and number of bytes."""
@@ -144,7 +148,7 @@ class RangedFiles(ShardFiles):
 
     def read(self, requests: Sequence[Request]) -> list[list[bytes]]:
         groups = [(shard, group) for shard, ranges in requests for group in _neighbours(ranges)]
-        fetched = request_pool(os.getpid(), settings().in_flight).map(lambda job: self._fetch(*job), groups)
+        fetched = at_once(lambda job: self._fetch(*job), groups)
         answers: list[dict[int, bytes]] = []
         pieces = iter(zip(groups, fetched, strict=True))
         for _, ranges in requests:
@@ -157,7 +161,7 @@ class RangedFiles(ShardFiles):
         return [[found[place] for place in range(len(found))] for found in answers]
 
     def indexes(self, shards: Sequence[int]) -> list[bytes | bytearray]:
-        return list(request_pool(os.getpid(), settings().in_flight).map(self._index, shards))
+        return at_once(self._index, shards)
 
     def renew(self, shard: int) -> bool:
         return True
@@ -184,6 +188,26 @@ def _neighbours(ranges: Sequence[Range]) -> list[list[tuple[int, Range]]]:
     return groups
 
 
+def at_once(read: Callable[[Job], Found], jobs: Sequence[Job]) -> list[Found]:
+    """``read(job)`` for every job, each by a thread of its own; a failure ends the others' reads and is raised."""
+    failed = threading.Event()
+
+    def attempt(job: Job) -> Found:
+        try:
+            with storage.cancelled_by(failed):
+                return read(job)
+        except BaseException:
+            failed.set()
+            raise
+
+    futures = [_pool(os.getpid(), settings().in_flight).submit(attempt, job) for job in jobs]
+    wait(futures)
+    failures = [failure for future in futures if (failure := future.exception()) is not None]
+    if failures:
+        raise next((failure for failure in failures if not isinstance(failure, storage.Cancelled)), failures[0])
+    return [future.result() for future in futures]
+
+
 @lru_cache(maxsize=1)
-def request_pool(process: int, threads: int) -> ThreadPoolExecutor:
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="dltrain-range")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dltrain import storage
 from dltrain.data.route import Route
 from dltrain.errors import UserError
 
@@ -33,7 +34,10 @@ class Depth:
 
 
 class Prefetcher:
-    """Runs ``threads`` threads until closed. ``fetch(shard)`` brings one in, or says no; ``holds`` is quick."""
+    """Runs ``threads`` threads until closed, which ends downloads under way.
+
+    ``fetch(shard)`` brings one in, or says no; ``holds`` is quick.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class Prefetcher:
         self._soon: list[tuple[int, int]] = []
         self._later: dict[int, float] = {}
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = threading.Event()
         self._failure: Exception | None = None
         self._threads = [threading.Thread(target=self._run, name="dltrain-ahead", daemon=True) for _ in range(threads)]
 
@@ -73,19 +77,22 @@ class Prefetcher:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the threads, a download under way with the process."""
+        """End the threads, and soon the requests under way; it does not wait for them."""
+        self._closed.set()
         with self._changed:
-            self._closed = True
             self._changed.notify_all()
 
     def _run(self) -> None:
         try:
-            self._fetch_ahead()
+            with storage.cancelled_by(self._closed):
+                self._fetch_ahead()
+        except storage.Cancelled:
+            return
         except Exception as error:  # noqa: BLE001  raised again where the reader is
             self._failure = error
 
     def _fetch_ahead(self) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
             with self._changed:
                 shard = self._next()
                 if shard is None:

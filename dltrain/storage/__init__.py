@@ -6,6 +6,8 @@ The same verbs for every scheme; a write is seen whole or not at all, and a read
     head = storage.read("s3://bucket/notes.txt", 0, 512)
 """
 
+from dltrain.storage.base import Cancelled
+from dltrain.storage.ranges import cancelled_by
 from dltrain.storage.settings import configure
 from dltrain.storage.url import (
     create,
@@ -25,6 +27,8 @@ from dltrain.storage.url import (
 )
 
 __all__ = [
+    "Cancelled",
+    "cancelled_by",
     "configure",
     "create",
     "delete",

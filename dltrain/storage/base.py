@@ -25,6 +25,10 @@ class Interrupted(Exception):
         self.throttled = throttled
 
 
+class Cancelled(Exception):
+    """A read that nobody waits for any more (see :func:`dltrain.storage.cancelled_by`)."""
+
+
 class PastTheEnd(Exception):
     """The range begins at or behind the object's last byte."""
 

@@ -7,6 +7,7 @@ print(counters.snapshot() - before)
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, fields
 
@@ -45,6 +46,15 @@ class Counts:
 
 _lock = threading.Lock()
 _total: dict[str, float] = {}
+
+
+def _renew_lock() -> None:
+    """In a forked child: another thread may have held the lock at the fork."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def count(**amounts: float) -> None:

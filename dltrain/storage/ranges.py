@@ -17,10 +17,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
-from dltrain.storage.base import Interrupted, ObjectChanged, ObjectInfo, PastTheEnd, RemoteStore
+from dltrain.storage.base import Cancelled, Interrupted, ObjectChanged, ObjectInfo, PastTheEnd, RemoteStore
 from dltrain.storage.counters import count
 from dltrain.storage.gate import gate
 from dltrain.storage.settings import settings
@@ -48,6 +49,23 @@ def read_whole(store: RemoteStore, path: str) -> bytearray:
     return data
 
 
+@contextmanager
+def cancelled_by(event: threading.Event) -> Iterator[None]:
+    """Reads of remote objects begun by this thread in the block raise :class:`Cancelled` soon after ``event`` is set.
+
+    At once where a part waits for its turn or its next attempt, else when the request in flight brings its next bytes,
+    or its time is out.
+    """
+    token = _stop.set(event)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
+
+
+_stop: ContextVar[threading.Event] = ContextVar("stop", default=threading.Event())  # noqa: B039  never set
+
+
 class _GivenUp(Exception):
     """A part that was not read to its end, since another one cannot be."""
 
@@ -60,6 +78,7 @@ class Reading:
         self._store, self._path, self._start, self._buffer = store, path, start, buffer
         self._etag = etag
         self._lock = threading.Lock()
+        self._stop = _stop.get()
         self._failed = False
         """Another part has failed for good: the rest need not be read."""
 
@@ -83,6 +102,7 @@ class Reading:
         while done < stop:
             before = done
             try:
+                self._go_on()
                 for got in self._request(done, stop):
                     done += got
                 return done - first
@@ -104,8 +124,7 @@ class Reading:
                 self._agree(body.info)
                 stop = min(stop, body.info.size - self._start)
                 while done < stop:
-                    if self._failed:
-                        raise _GivenUp
+                    self._go_on()
                     got = body.readinto(self._buffer[done:stop])
                     if not got:
                         raise Interrupted("the connection closed early")
@@ -113,6 +132,13 @@ class Reading:
                     count(bytes=got)
                     yield got
         gate().succeeded()
+
+    def _go_on(self) -> None:
+        """Raise what ends a part before its end."""
+        if self._failed:
+            raise _GivenUp
+        if self._stop.is_set():
+            raise Cancelled
 
     def _agree(self, info: ObjectInfo) -> None:
         with self._lock:
@@ -127,8 +153,7 @@ class Reading:
 
     def _pause(self, error: Interrupted, failures: int) -> None:
         """Wait before the next attempt, or give up."""
-        if self._failed:
-            raise _GivenUp
+        self._go_on()
         attempts = settings().attempts if (os.getpid(), type(self._store)) in _met else _ATTEMPTS_BEFORE_CONTACT
         if failures >= attempts:
             self._failed = True
@@ -137,7 +162,7 @@ class Reading:
         if error.throttled:
             count(throttled=1)
             gate().slow_down(time.monotonic())
-        time.sleep(random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**failures)))
+        self._stop.wait(random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**failures)))
 
 
 def _part_bytes(size: int) -> int:

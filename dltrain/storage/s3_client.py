@@ -26,6 +26,15 @@ from dltrain.storage.settings import settings
 _lock = threading.Lock()
 
 
+def _renew_lock() -> None:
+    """In a forked child: another thread may have held the lock at the fork."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def client(patient: bool = False) -> Any:
     """The client of this process; a ``patient`` one retries by itself, for requests without a body to mend."""
     with _lock:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dltrain.config import Storage
 from dltrain.data.cache import NodeCache
 from dltrain.data.dataset import Cache, open_dataset
 from dltrain.data.loader import Loader
@@ -268,6 +270,23 @@ def test_a_failed_part_is_the_error_and_nobody_writes_after_it(server: FaultyS3,
     source = loader(tmp_path)
     with pytest.raises(UserError, match=r"ExpiredToken|refused the credentials"):
         numbers(source)
+
+
+def test_what_is_fetched_ahead_from_a_dead_store_ends_with_its_reader(
+    server: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1, timeout=1.0, attempts=1000).model_dump_json())
+    source = loader(tmp_path)
+    server.set(Faults(slow_down_share=1.0))
+    source._fetch.dataset.advance(0)
+    while not server.requests():
+        time.sleep(0.01)
+    ahead = [thread for thread in threading.enumerate() if thread.name == "dltrain-ahead"]
+    assert ahead
+    source._fetch.rest()
+    for thread in ahead:
+        thread.join(2.0)
+    assert not any(thread.is_alive() for thread in ahead)
 
 
 def test_windows_of_a_damaged_series_are_an_error(server: FaultyS3, tmp_path: Path) -> None:

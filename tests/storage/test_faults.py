@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,21 @@ def test_a_server_that_never_recovers_is_given_up(server: FaultyS3, monkeypatch:
     server.set(Faults(slow_down_share=1.0))
     with pytest.raises(UserError, match=r"3 attempts, the last: SlowDown"):
         storage.read(URL)
+
+
+def test_a_read_that_nobody_waits_for_ends_soon(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit of a process waits for its threads: they must not go on for as many attempts as are allowed."""
+    monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1, timeout=1.0, attempts=1000).model_dump_json())
+    assert read()[0] == DATA
+    server.set(Faults(slow_down_share=1.0))
+    unwanted = threading.Event()
+    threading.Timer(0.3, unwanted.set).start()
+    began = time.monotonic()
+    with pytest.raises(storage.Cancelled), storage.cancelled_by(unwanted):
+        storage.read(URL, 0, len(DATA))
+    assert 0.2 < time.monotonic() - began < 2.0
+    server.set(Faults())
+    assert read()[0] == DATA
 
 
 def test_a_server_that_serves_few_at_a_time_is_not_overrun(server: FaultyS3) -> None:
