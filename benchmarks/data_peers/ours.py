@@ -16,8 +16,8 @@ from benchmarks.data_peers.job import Job
 from benchmarks.data_peers.resuming import Stamp, timed_resume
 from dltrain.data.dataset import Cache, open_dataset
 from dltrain.data.order import Order
-from dltrain.data.reader import Streamed
 from dltrain.data.sample import Sample
+from dltrain.data.stream import stream
 from dltrain.data.windows import Window
 
 
@@ -32,15 +32,9 @@ def epochs(job: Job) -> Callable[[int], Iterable[Any]]:
         cache = Path(job.scratch) / f"dltrain-{number}"
         dataset = open_dataset(job.url, cache=Cache(folder=str(cache)))
         order = Order(dataset.shard_sizes, seed=0)
-        if isinstance(dataset, Streamed):
-            dataset.follow(order, 0, 1)
-        stop = (number + 1) * order.samples
-        for place in range(number * order.samples, stop, job.batch):
-            if isinstance(dataset, Streamed):
-                dataset.advance(place)
-            yield from map(shown, dataset.read(*order.locate(np.arange(place, min(place + job.batch, stop)))))
-        if isinstance(dataset, Streamed):
-            dataset.rest()
+        first = number * order.samples
+        samples = stream(dataset, order, start=first, stop=first + order.samples, read=job.batch)
+        yield from map(shown, samples)
         shutil.rmtree(cache, ignore_errors=True)
 
     return epoch

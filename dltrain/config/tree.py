@@ -99,7 +99,7 @@ class Data(Section):
     prefetch: int = Field(default=2, gt=0)
     """Batches each worker prepares ahead."""
     bad_samples: int = NotNegative
-    """Training samples of each rank that may be bad: they are replaced, and listed in the run's quarantine folder."""
+    """Training samples that a rank may find bad: they are replaced, and listed in the run's quarantine folder."""
     cache: str = ""
     """Folder on each node's disk for copies of remote shards; empty is one under the temporary folder, 'off' none."""
     cache_gib: float = Field(default=0.0, ge=0)

@@ -17,8 +17,10 @@ import torch
 
 from dltrain.data.batch import Batch
 from dltrain.data.order import Integers, SampleOrder, sample_key, share
+from dltrain.data.quarantine import Bad
 from dltrain.data.reader import Dataset, Streamed
 from dltrain.data.sample import BadSample, Sample
+from dltrain.data.stream import Places
 from dltrain.errors import UserError
 from dltrain.storage.counters import Counts, count, snapshot
 
@@ -31,15 +33,6 @@ WEIGHT = "weight"
 
 _REPLACEMENTS = 16
 """Bad samples in a row of one lane before it is called a bad data set."""
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A sample left out: where it stands in the order, and why."""
-
-    position: int
-    replaced_by: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,9 @@ class Fetch:
     """Replace bad samples instead of refusing them."""
     _before: Counts = field(default_factory=Counts)
 
+    def __post_init__(self) -> None:
+        self._places = Places(self.order)
+
     def __getitem__(self, span: Span) -> Fetched:
         bad: list[Bad] = []
         try:
@@ -87,7 +83,7 @@ class Fetch:
             self.dataset.rest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_before": Counts()}  # another process counts from nothing
+        return {**self.__dict__, "_before": Counts(), "_places": Places(self.order)}  # another process has its own
 
     def _batch(self, start: int, stop: int, bad: list[Bad]) -> Batch:
         """Every rank gets ``size`` samples in every step: where its share is smaller, repeats of weight 0 fill it up,
@@ -111,7 +107,7 @@ class Fetch:
 
     def _load(self, positions: Integers, bad: list[Bad]) -> tuple[list[Sample], list[Arrays]]:
         try:
-            samples = self.dataset.read(*self.order.locate(positions))
+            samples = self.dataset.read(*self._places.locate(positions))
             began = time.perf_counter()
             arrays = [self._decode(sample, place) for sample, place in zip(samples, positions.tolist(), strict=True)]
             count(decode_seconds=time.perf_counter() - began)
@@ -135,7 +131,8 @@ class Fetch:
                 continue
             if reasons:
                 count(quarantined=1)
-                bad.append(Bad(position, place, reasons[0]))
+                shards, indices = self.order.locate(np.array([position]))
+                bad.append(Bad(position, place, int(shards[0]), int(indices[0]), reasons[0]))
             return sample, arrays
         raise UserError(
             f"{_REPLACEMENTS} samples in a row are bad, from position {position} on; the first: {reasons[0]}"

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from dltrain import storage
 from dltrain.data.manifest import Manifest
@@ -40,6 +41,7 @@ GROUP_BYTES = 1 << 20
 """Larger than this a request is one of many behind which others wait (``storage/gate.py``)."""
 
 OPEN_SHARDS = max(8, min(128, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+"""Of a process, shared evenly by its data sets."""
 
 
 class ShardFiles(Protocol):
@@ -77,8 +79,11 @@ class ShardFiles(Protocol):
 class Opened:
     """Open shards, the least recently used closed first; whoever reads one keeps it open."""
 
+    _all: ClassVar[weakref.WeakSet[Opened]] = weakref.WeakSet()
+
     def __init__(self) -> None:
         self._pages: OrderedDict[int, Pages] = OrderedDict()
+        self._all.add(self)
 
     def get(self, shard: int) -> Pages | None:
         pages = self._pages.get(shard)
@@ -88,7 +93,7 @@ class Opened:
 
     def put(self, shard: int, pages: Pages) -> Pages:
         self._pages[shard] = pages
-        while len(self._pages) > OPEN_SHARDS:
+        while len(self._pages) > max(1, OPEN_SHARDS // len(self._all)):
             self._pages.popitem(last=False)
         return pages
 
@@ -100,8 +105,8 @@ class Opened:
         for shard in [shard for shard in self._pages if not kept(shard)]:
             self.close(shard)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_pages": OrderedDict()}  # another process opens its own
+    def __reduce__(self) -> tuple[type[Opened], tuple[()]]:
+        return Opened, ()  # another process opens its own
 
 
 class LocalFiles(ShardFiles):

@@ -10,7 +10,6 @@ out batches in order. The cursor moves when a batch is handed out, never when on
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -26,9 +25,10 @@ from torch.utils.data import DataLoader
 
 from dltrain.data.batch import Batch
 from dltrain.data.device import moved_ahead
-from dltrain.data.fetch import Bad, Fetch, Fetched, Span, Transform
+from dltrain.data.fetch import Fetch, Fetched, Span, Transform
 from dltrain.data.gauge import Gauge
 from dltrain.data.order import SETTINGS, SampleOrder, step_span, steps_between
+from dltrain.data.quarantine import Quarantine
 from dltrain.data.reader import Dataset, Streamed
 from dltrain.errors import UserError
 
@@ -38,8 +38,8 @@ class Loader:
 
     ``rank`` of ``ranks`` are data ranks. ``epochs=1`` ends after the epoch, padding its last step (evaluation);
     ``epochs=0`` never ends. A batch has as many samples as the largest share of any rank. ``node`` of ``nodes`` is
-    where this rank runs, for data that are fetched ahead. With ``bad_samples`` up to so many of this rank are replaced,
-    each told in a line of ``quarantine``. On a CUDA ``device`` the next batch is copied while the current one is used.
+    where this rank runs, for data that are fetched ahead. With ``bad_samples`` up to so many are replaced, each told in
+    a line of the file ``quarantine``. On a CUDA ``device`` the next batch is copied while the current one is used.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Loader:
         self.tail, self._end = tail, epochs * order.samples
         self._workers, self._prefetch, self._start_method = workers, prefetch, start_method
         self._device = device if device is not None and device.type == "cuda" else None
-        self._bad_samples, self._quarantine, self._replaced = bad_samples, quarantine, 0
+        self._quarantine = Quarantine(bad_samples, quarantine)
         self.gauge = Gauge()
         self.first_batch_seconds = 0.0
         """From asking for the first batch, of a fresh or a resumed run, to having it."""
@@ -126,24 +126,11 @@ class Loader:
     def _accept(self, fetched: Fetched) -> Batch:
         """A batch that may be handed out. Raises what was met on its way, or when too many samples are bad."""
         for bad in fetched.bad:
-            self._set_aside(bad)
+            self._quarantine.add(bad)
         if fetched.batch is None:
             raise UserError(fetched.error)
         self.gauge.add(fetched.counts, len(fetched.batch))
         return fetched.batch if self._workers or self._device is None else fetched.batch.pin_memory()
-
-    def _set_aside(self, bad: Bad) -> None:
-        self._replaced += 1
-        if self._quarantine is not None:
-            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
-            line = {"position": bad.position, "replaced_by": bad.replaced_by, "reason": bad.reason}
-            with self._quarantine.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        if self._replaced > self._bad_samples:
-            raise UserError(
-                f"{self._replaced} samples of this rank are bad and data.bad_samples allows {self._bad_samples}; "
-                f"mend the data, or allow more; they are listed in {self._quarantine}; the last: {bad.reason}"
-            )
 
     def _fetched_by_workers(self) -> Iterator[Fetched]:
         with _children_deaf_to_sigterm():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dltrain import storage
@@ -88,18 +88,44 @@ def load_manifest(url: str) -> Manifest:
             f"there is no data set at {url}: {storage.join(url, NAME)} does not exist; "
             "check the URL, or index existing tars with: dltrain shards index " + url
         ) from None
-    try:
-        tree = json.loads(bytes(text))
-        if tree["version"] != VERSION:
-            raise UserError(f"{url}/{NAME} has version {tree['version']}; this dltrain reads version {VERSION}")
-        manifest = Manifest(url, tuple(ShardInfo(**shard) for shard in tree["shards"]), tree["facts"])
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{storage.join(url, NAME)} is not a manifest of shards ({error})") from None
+    manifest = _parse(url, bytes(text))
     if not manifest.samples:
         raise UserError(f"the data set at {url} is empty: its manifest lists {len(manifest.shards)} shards, no samples")
     return manifest
+
+
+def _parse(url: str, text: bytes) -> Manifest:
+    place = storage.join(url, NAME)
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place} is not JSON ({error}); index the data set anew: dltrain shards index {url}") from None
+    if not isinstance(tree, dict) or not {"version", "facts", "shards"} <= tree.keys():
+        raise UserError(
+            f"{place} is JSON, but not a list of shards as dltrain writes it (version, facts, shards); give the URL of "
+            f"a data set, or index the tars that lie there: dltrain shards index {url}"
+        )
+    if tree["version"] != VERSION:
+        raise UserError(f"{place} has version {tree['version']}; this dltrain reads version {VERSION}")
+    try:
+        shards = tuple(_shard_info(**line) for line in tree["shards"])
+    except (TypeError, ValueError):
+        raise UserError(
+            f"a line of {place} does not describe a shard; index the data set anew: dltrain shards index {url}"
+        ) from None
+    return Manifest(url, shards, dict(tree["facts"]))
+
+
+def _shard_info(**line: Any) -> ShardInfo:
+    """A shard's line. Raises ``TypeError`` or ``ValueError`` for one that is none."""
+    info = ShardInfo(**line)
+    for entry in fields(ShardInfo):
+        value = getattr(info, entry.name)
+        if type(value) is not {"str": str, "int": int}[str(entry.type)]:
+            raise TypeError(entry.name)
+        if isinstance(value, int) and value < 0:
+            raise ValueError(entry.name)
+    return info
 
 
 def known_facts(url: str) -> dict[str, Any]:

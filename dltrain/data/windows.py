@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from dltrain.errors import UserError
 from dltrain.storage.counters import count
 
 _HEADER_BYTES = 128  # of every .npy with up to two dimensions
+_SCANNED_AT_ONCE = 64  # shards
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class WindowDataset:
     def __init__(self, reader: ShardReader, window: Window) -> None:
         self.reader = reader
         self._window = window
-        self._shards = [self._scan(shard) for shard in range(len(reader.manifest.shards))]
+        end = len(reader.manifest.shards)
+        some = (range(first, min(first + _SCANNED_AT_ONCE, end)) for first in range(0, end, _SCANNED_AT_ONCE))
+        self._shards = [table for shards in some for table in self._scan(shards)]
         self._sizes = tuple(int(shard.ends[-1]) if len(shard.ends) else 0 for shard in self._shards)
         self._checked: set[tuple[int, int]] = set()
         if not sum(self._sizes):
@@ -153,19 +157,30 @@ class WindowDataset:
         whole = self.reader.samples([shard], [series])[0].fields
         return {name: whole[name] for name, *_ in others}
 
-    def _scan(self, shard: int) -> _Shard:
-        index = self.reader.index(shard)
-        spans = [self._member(shard, sample) for sample in range(len(index))]
-        heads = self.reader.files.read([(shard, [(start, min(size, _HEADER_BYTES)) for start, size in spans])])[0]
-        found = [_read_header(head, index.key(sample)) for sample, head in enumerate(heads)]
-        kinds = list(dict.fromkeys((header.dtype, header.channels) for header in found))
+    def _scan(self, shards: Sequence[int]) -> Iterator[_Shard]:
+        """Tables of some shards, whose headers are read at the same time."""
+        indexes = self.reader.indexes(shards)
+        spans = [
+            [self._member(shard, sample) for sample in range(len(index))]
+            for shard, index in zip(shards, indexes, strict=True)
+        ]
+        requests = [
+            (shard, [(start, min(size, _HEADER_BYTES)) for start, size in members])
+            for shard, members in zip(shards, spans, strict=True)
+        ]
+        for index, members, heads in zip(indexes, spans, self.reader.files.read(requests), strict=True):
+            found = [_read_header(head, index.key(sample)) for sample, head in enumerate(heads)]
+            yield self._table([start for start, _ in members], found)
+
+    def _table(self, starts: list[int], headers: list[_Header]) -> _Shard:
+        kinds = list(dict.fromkeys((header.dtype, header.channels) for header in headers))
         return _Shard(
-            start=np.array([start + h.bytes for (start, _), h in zip(spans, found, strict=True)], dtype=np.int64),
-            row=np.array([header.dtype.itemsize * header.channels for header in found], dtype=np.int64),
-            ends=np.cumsum([self._window.count(header.steps) for header in found], dtype=np.int64),
-            kind=np.array([kinds.index((header.dtype, header.channels)) for header in found], dtype=np.int64),
+            start=np.array([start + h.bytes for start, h in zip(starts, headers, strict=True)], dtype=np.int64),
+            row=np.array([header.dtype.itemsize * header.channels for header in headers], dtype=np.int64),
+            ends=np.cumsum([self._window.count(header.steps) for header in headers], dtype=np.int64),
+            kind=np.array([kinds.index((header.dtype, header.channels)) for header in headers], dtype=np.int64),
             kinds=tuple(kinds),
-            longest=max((header.steps for header in found), default=0),
+            longest=max((header.steps for header in headers), default=0),
         )
 
     def _member(self, shard: int, sample: int) -> Range:

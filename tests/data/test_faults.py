@@ -164,18 +164,22 @@ def test_bad_samples_within_a_budget_are_replaced_on_every_rank_alike(
     server: FaultyS3, expected: list[int], tmp_path: Path
 ) -> None:
     server.set(Faults(flip_bit="set/shard-000003.tar"))
-    alone = loader(tmp_path / "a", bad_samples=4, quarantine=tmp_path / "alone.jsonl")
+    list_of_rank = tmp_path / "bad" / "rank-00000.jsonl"
+    alone = loader(tmp_path / "a", bad_samples=2, quarantine=list_of_rank)
     found = numbers(alone)
     differ = [place for place in range(len(found)) if found[place] != expected[place]]
     assert len(differ) == 4  # one bit in each of the shard's two parts, and two epochs
     assert {expected[place] for place in differ[:2]} == {expected[place] for place in differ[2:]}
-    lines = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
-    assert [line["position"] for line in lines] == differ
-    assert [line["replaced_by"] - line["position"] for line in lines] == [4] * 4
+    lines = [json.loads(line) for line in list_of_rank.read_text().splitlines()]
+    assert [line["position"] for line in lines] == differ[:2]  # the second epoch meets the same
+    assert [line["replaced_by"] - line["position"] for line in lines] == [4] * 2
+    assert [line["shard"] for line in lines] == [3, 3]
     assert all("shard-000003.tar is damaged" in line["reason"] for line in lines)
+    assert numbers(loader(tmp_path / "a", bad_samples=2, quarantine=list_of_rank.with_stem("rank-00001"))) == found
+    assert [file.name for file in list_of_rank.parent.iterdir()] == [list_of_rank.name]  # a run that starts again
     shares = [numbers(loader(tmp_path / "b", rank=rank, ranks=2, bad_samples=4)) for rank in range(2)]
     assert [number for pair in zip(*shares, strict=True) for number in pair] == found
-    with pytest.raises(UserError, match=r"2 samples of this rank are bad and data\.bad_samples allows 1.*is damaged"):
+    with pytest.raises(UserError, match=r"2 samples are bad and data\.bad_samples allows 1: .*is damaged"):
         numbers(loader(tmp_path / "c", bad_samples=1))
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dltrain.data.order import Order, derive, mix, permute, sample_key, share, step_key, step_span, steps_between
+from dltrain.data.stream import Places
 
 shard_lists = st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 
@@ -139,3 +140,16 @@ def test_steps_that_are_left_are_those_a_walk_would_take(
         start, place = step_span(place, samples, batch, tail)
         walked += start < end  # a dropped tail that reaches the end is no step
     assert steps_between(position, end, samples, batch, tail) == walked
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_places_worked_out_ahead_are_those_of_the_order(ranks: int) -> None:
+    order = Order((1000, 700, 437), seed=3, lanes=4, window=50)
+    places = Places(order)
+    for start in [*range(0, 15_000, 96), 40, 99_990, 0]:  # in turn, over epochs, and by jumps
+        wanted = share(start, start + 96, 1 % ranks, ranks)
+        padded = np.append(wanted, wanted[0])
+        for found, expected in zip(places.locate(padded), order.locate(padded), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    one = np.array([17])
+    assert [part.tolist() for part in places.locate(one)] == [part.tolist() for part in order.locate(one)]

@@ -15,6 +15,8 @@ from dltrain.data.dataset import Cache, open_dataset, open_reader
 from dltrain.data.formats.tar import scan
 from dltrain.data.index import ShardIndex
 from dltrain.data.manifest import load_manifest
+from dltrain.data.order import Order
+from dltrain.data.stream import stream
 from dltrain.data.writer import ShardWriter
 from dltrain.errors import UserError
 from dltrain.testing.s3 import S3Server
@@ -53,6 +55,37 @@ def test_samples_come_back_from_s3(s3: S3Server, cache: str, tmp_path: Path) -> 
 def test_samples_come_back_from_memory() -> None:
     write("memory://reader")
     assert read_all("memory://reader") == SAMPLES
+
+
+@pytest.mark.parametrize("cache", ["", "off"], ids=["cached", "ranges"])
+def test_samples_one_after_another(s3: S3Server, cache: str, tmp_path: Path) -> None:
+    url = f"s3://data/stream{tmp_path}"
+    write(url)
+    dataset = open_dataset(url, cache=Cache(cache or str(tmp_path)))
+    order = Order(dataset.shard_sizes, seed=1, window=8)
+    whole = [sample.key for sample in stream(dataset, order, stop=80, read=7)]
+    assert sorted(whole[:40]) == sorted(whole[40:]) == list(SAMPLES)
+    ranks = [list(stream(dataset, order, start=5, stop=80, rank=rank, ranks=3, read=4)) for rank in range(3)]
+    for rank, samples in enumerate(ranks):
+        assert [sample.key for sample in samples] == [whole[p] for p in range(5, 80) if p % 3 == rank]
+    assert next(iter(stream(dataset, order, start=400_003))).fields.keys() == {"bin", "cls"}
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("hello", "is not JSON"),
+        ("[1, 2]", "is JSON, but not a list of shards"),
+        ('{"shards": {"raw_data": {}}}', "is JSON, but not a list of shards"),
+        ('{"version": 2, "facts": {}, "shards": []}', "has version 2"),
+        ('{"version": 1, "facts": {}, "shards": [{"name": "a"}]}', "a line of .* does not describe a shard"),
+        ('{"version": 1, "facts": {}, "shards": 7}', "a line of .* does not describe a shard"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_told(tmp_path: Path, text: str, refusal: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=refusal):
+        load_manifest(str(tmp_path))
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dltrain.data.building.jobs import Report, Watch, run_jobs
+from dltrain.data.building.jobs import Report, Watch, refuse_workers, run_jobs
 from dltrain.data.building.ledger import Ledger
 from dltrain.data.formats.source import Source
 from dltrain.data.manifest import Manifest, ShardInfo
@@ -44,6 +44,7 @@ def build_shards(
     Raises :class:`UserError` for a source without samples, and where another data set lies or is being built.
     """
     limits = limits or Limits()
+    refuse_workers(workers)
     refuse_existing(url)
     parts = plan_parts(source, limits)
     ledger = Ledger(url, _identity(source, limits))

@@ -62,10 +62,15 @@ class Unwatched:
         """Nobody is told."""
 
 
-def run_jobs(work: Work[J, R], jobs: Sequence[J], workers: int = 1, watch: Watch | None = None) -> list[R]:
-    """``work`` of every job, in the order of the jobs. Raises the first :class:`UserError` of any."""
+def refuse_workers(workers: int) -> None:
+    """Raise :class:`UserError` for a number of processes that is none."""
     if workers < 1:
         raise UserError(f"--workers is {workers}; give 1 or more")
+
+
+def run_jobs(work: Work[J, R], jobs: Sequence[J], workers: int = 1, watch: Watch | None = None) -> list[R]:
+    """``work`` of every job, in the order of the jobs. Raises the first :class:`UserError` of any."""
+    refuse_workers(workers)
     watch = watch or Unwatched()
     watch.begin(len(jobs))
     if min(workers, len(jobs)) > 1:
