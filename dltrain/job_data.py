@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dltrain.config import Config
 from dltrain.data.dataset import Cache, open_dataset
+from dltrain.data.encoded import lacks_decoder
 from dltrain.data.loader import Loader
 from dltrain.data.mixture import MixedDataset, Source
 from dltrain.data.order import Order, SampleOrder
@@ -71,6 +72,8 @@ def open_held_out(config: Config, task: Task) -> Dataset:
 def train_loader(data: Opened, place: Place, quarantine: Path) -> Loader:
     """Endless batches of this rank; samples that are bad within the budget are told in the folder ``quarantine``."""
     settings = place.config.data
+    if settings.decode == "device" and (reason := lacks_decoder(place.device)):
+        warn(place.environment, f"data.decode is device, but {reason}: images are decoded by the host")
     return Loader(
         data.train,
         data.order,
@@ -137,4 +140,5 @@ def _where(place: Place) -> dict[str, Any]:
         "nodes": place.environment.nodes,
         "prefetch": place.config.data.prefetch,
         "start_method": place.config.data.start_method,
+        "decode": place.config.data.decode,
     }

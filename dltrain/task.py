@@ -52,8 +52,9 @@ class Task:
         """For time series: the windows that are the samples; ``None`` where a member of a shard is one."""
         return None
 
-    def sample(self, sample: Sample, random: np.random.Generator | None) -> dict[str, np.ndarray[Any, Any]]:
-        """Arrays of one sample by field name, of equal shape in every sample.
+    def sample(self, sample: Sample, random: np.random.Generator | None) -> dict[str, Any]:
+        """Arrays of one sample by field name, of equal shape in every sample; or images still encoded, by
+        :func:`~dltrain.data.decode.encode_crop`.
 
         ``random`` is seeded by (seed, position) for augmentation, ``None`` in evaluation. The default decodes every
         field by its extension.

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dltrain.errors import UserError
 from dltrain.hooks.base import Hook
@@ -172,3 +174,24 @@ def test_on_a_terminal_progress_is_live_and_the_result_is_whole(tmp_path: Path) 
     assert "16/16" in text
     assert "evaluation at step 8" in text
     assert "finished 16 steps" in text
+
+
+def test_photos_of_any_size_are_classified_as_they_lie_in_folders(tmp_path: Path, cli: Cli) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(96):
+        kind = ("dark", "light")[number % 2]
+        file = tmp_path / "photos" / kind / f"{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shape = (int(rng.integers(40, 90)), int(rng.integers(40, 90)), 3)
+        pixels = rng.integers(0, 90, shape) + (120 if kind == "light" else 0)
+        Image.fromarray(pixels.astype(np.uint8)).save(file)
+    photos = str(tmp_path / "photos")
+    words = ["--data.train", photos, "--data.evaluation", photos, "--model.image", "jpg", "--model.classes", "2"]
+    words += ["--model.size", "16", "--model.crop", "true", "--run.length", "6ep", "--data.global_batch_size", "16"]
+    refused = cli("train", "image/classify", *words)
+    assert refused.status == 2
+    assert "pieces cut from images are in colour; set model.channels 3" in refused.err
+    done = cli("train", "image/classify", *words, "--model.channels", "3", "--data.decode", "device", "--nproc", "2")
+    assert done.status == 0, done.err
+    assert done.result["accuracy"] > 0.9
+    assert "data.decode is device, but there is no GPU: images are decoded by the host" in done.err + done.out

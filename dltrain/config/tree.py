@@ -100,6 +100,8 @@ class Data(Section):
     """Batches each worker prepares ahead."""
     bad_samples: int = NotNegative
     """Training samples that a rank may find bad: they are replaced, and listed in the run's quarantine folder."""
+    decode: Literal["host", "device"] = "host"
+    """Who decodes the images that a task leaves encoded (`encode_crop`): loader processes, or a GPU's nvJPEG."""
     cache: str = ""
     """Folder on each node's disk for copies of remote shards; empty is one under the temporary folder, 'off' none."""
     cache_gib: float = Field(default=0.0, ge=0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from dltrain.data.encoded import EncodedCrops
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Batch:
 
     ``fields`` are tensors with samples first; ``weight`` is float32 [n], 0 for padding and 1 otherwise unless the data
     says differently; ``position`` is int64 [n], -1 for padding; ``keys`` name the samples. A batch on a device keeps
-    the one it was copied from as ``host``, so that what the host wants to know costs no synchronisation.
+    the one it was copied from as ``host``, so that what the host wants to know costs no synchronisation. ``encoded``
+    become fields, uint8 [n, size, size, 3], when the batch is copied to the device that decodes them.
     """
 
     fields: Mapping[str, Tensor]
@@ -23,6 +26,7 @@ class Batch:
     keys: tuple[str, ...]
     position: Tensor
     host: Batch | None = None
+    encoded: Mapping[str, EncodedCrops] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -32,8 +36,10 @@ class Batch:
         if self.weight.device == device:
             return self
         moved = {name: value.to(device, non_blocking=True) for name, value in self.fields.items()}
-        host = self.host or self
-        return replace(self, fields=moved, weight=self.weight.to(device, non_blocking=True), host=host)
+        decoded = {name: crops.to(device) for name, crops in self.encoded.items()}
+        host = self.host or replace(self, fields={**self.fields, **decoded}, encoded={})
+        weight = self.weight.to(device, non_blocking=True)
+        return replace(self, fields={**moved, **decoded}, weight=weight, host=host, encoded={})
 
     def split(self, micro_batch: int) -> Iterator[Batch]:
         """Pieces of at most ``micro_batch`` samples; 0 keeps the batch whole."""
@@ -43,7 +49,8 @@ class Batch:
         for start in range(0, len(self), micro_batch):
             part = slice(start, start + micro_batch)
             fields = {name: value[part] for name, value in self.fields.items()}
-            yield Batch(fields, self.weight[part], self.keys[part], self.position[part])
+            encoded = {name: crops[part] for name, crops in self.encoded.items()}
+            yield Batch(fields, self.weight[part], self.keys[part], self.position[part], encoded=encoded)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's loader calls this)."""

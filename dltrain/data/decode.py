@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 from collections.abc import Callable
-from functools import cache
-from types import ModuleType
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
+from dltrain.data.image import Array, Box, choose_box, cut, image_pixels, jpeg_pixels
 from dltrain.data.sample import BadSample, Sample
 from dltrain.errors import UserError
 
-Array = np.ndarray[Any, Any]
+Found = TypeVar("Found")
 
 PICKLED = ("pyd", "pkl", "pickle", "pth", "pt")
 """Extensions whose bytes are programs: loading them runs whatever their author wrote."""
@@ -45,7 +44,7 @@ def decode_field(sample: Sample, name: str, allow_pickle: bool = False) -> Array
     if isinstance(data, np.ndarray):
         return data
     decoder = _decoder(name.rpartition(".")[2], sample, name, allow_pickle)
-    return _guarded(sample, name, lambda: decoder(bytes(data)))
+    return guarded(sample.where, name, lambda: decoder(bytes(data)))
 
 
 def decode_label(sample: Sample, classes: int, name: str = "cls") -> Array:
@@ -88,7 +87,39 @@ def decode_crop(
     is decoded at a half, a quarter or an eighth where the piece still has ``size`` pixels there.
     """
     data = bytes(_field(sample, name))
-    return _guarded(sample, name, lambda: _crop(data, size, random, scale, ratio))
+    return guarded(sample.where, name, lambda: cut(data, choose_box(data, random, scale, ratio), size))
+
+
+def encode_crop(
+    sample: Sample,
+    name: str,
+    size: int,
+    random: np.random.Generator | None = None,
+    scale: tuple[float, float] = (0.35, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> EncodedCrop:
+    """The same piece as of :func:`decode_crop`, still encoded: a GPU decodes it where it can (``data.decode device``).
+
+    Where it cannot, the loader does, and the batch is the same. Only JPEGs are worth it, and other images may be given.
+    """
+    data = bytes(_field(sample, name))
+    box = guarded(sample.where, name, lambda: choose_box(data, random, scale, ratio))
+    return EncodedCrop(data, box, size, sample.where, name)
+
+
+@dataclass(frozen=True)
+class EncodedCrop:
+    """An image's bytes, the piece wanted of it (top, left, height, width), and the size of the result."""
+
+    data: bytes
+    box: Box
+    size: int
+    where: str
+    field: str
+
+    def decode(self) -> Array:
+        """The piece as uint8 [size, size, 3]. Raises :class:`BadSample`."""
+        return guarded(self.where, self.field, lambda: cut(self.data, self.box, self.size))
 
 
 def _field(sample: Sample, name: str) -> Any:
@@ -98,13 +129,14 @@ def _field(sample: Sample, name: str) -> Any:
     return data
 
 
-def _guarded(sample: Sample, name: str, decode: Callable[[], Array]) -> Array:
+def guarded(where: str, name: str, decode: Callable[[], Found]) -> Found:
+    """What ``decode`` makes of a field of the sample at ``where``. Raises :class:`BadSample` where it fails."""
     try:
         return decode()
     except (ValueError, OSError, TypeError, EOFError, SyntaxError) as error:  # Pillow tells a broken PNG by the last
         reason = re.sub(r" <.*?>", "", str(error))  # Pillow names the object it was given
         raise BadSample(
-            f"cannot decode field {name!r} of {sample.where}: {reason}; write the sample anew, or let some be replaced "
+            f"cannot decode field {name!r} of {where}: {reason}; write the sample anew, or let some be replaced "
             "with data.bad_samples"
         ) from None
 
@@ -128,96 +160,16 @@ def _unpickle(data: bytes) -> Array:
     return np.asarray(pickle.loads(data))
 
 
-def _jpeg(data: bytes) -> Array:
-    codec = _simplejpeg()
-    if codec is not None:
-        try:
-            return np.asarray(codec.decode_jpeg(data, fastdct=True, fastupsample=True))
-        except ValueError:  # CMYK and the like, which Pillow reads; it tells what is really broken
-            return _image(data)
-    return _image(data)
-
-
-def _image(data: bytes) -> Array:
-    from PIL import Image
-
-    image = Image.open(io.BytesIO(data))
-    return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-
-
-@cache
-def _simplejpeg() -> ModuleType | None:
-    try:
-        import simplejpeg
-    except ImportError:  # no wheel for this platform
-        return None
-    return simplejpeg
-
-
-def _crop(
-    data: bytes,
-    size: int,
-    random: np.random.Generator | None,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Array:
-    codec = _simplejpeg() if data[:2] == b"\xff\xd8" else None
-    if codec is None:
-        pixels = _colour(_image(data))
-        height, width = pixels.shape[:2]
-        top, left, high, wide = _box(height, width, random, scale, ratio)
-        return _resized(pixels[top : top + high, left : left + wide], size)
-    height, width, *_ = codec.decode_jpeg_header(data)
-    top, left, high, wide = _box(height, width, random, scale, ratio)
-    shrink = 1
-    while shrink < 8 and min(high, wide) >= 2 * shrink * size:
-        shrink *= 2  # between these scales libjpeg-turbo has no vector code, and is slower than at full size
-    pixels = codec.decode_jpeg(
-        data, fastdct=True, fastupsample=True, min_height=height // shrink, min_width=width // shrink
-    )
-    down, across = pixels.shape[0] / height, pixels.shape[1] / width
-    rows = slice(round(top * down), round((top + high) * down))
-    return _resized(pixels[rows, round(left * across) : round((left + wide) * across)], size)
-
-
-def _resized(pixels: Array, size: int) -> Array:
-    """Bilinear and antialiased, by torch: a fifth of Pillow's time for the same pixels."""
-    import torch
-
-    planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # torch sees, and gives, channels last
-    resized = torch.nn.functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
-
-
-def _colour(pixels: Array) -> Array:
-    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels.copy()  # Pillow's are read-only
-
-
-def _box(
-    height: int, width: int, random: np.random.Generator | None, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a piece: ten draws, then the middle square."""
-    for _ in range(10 if random is not None else 0):
-        area = height * width * random.uniform(*scale)  # type: ignore[union-attr]
-        shape = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))  # type: ignore[union-attr]
-        wide, high = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if 0 < wide <= width and 0 < high <= height:
-            top, left = random.integers(height - high + 1), random.integers(width - wide + 1)  # type: ignore[union-attr]
-            return int(top), int(left), high, wide
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
-
-
 def _label(data: bytes) -> Array:
     return np.int64(data.decode().strip())  # type: ignore[return-value]
 
 
 _DECODERS: dict[str, Callable[[bytes], Array]] = {
-    "jpg": _jpeg,
-    "jpeg": _jpeg,
-    "png": _image,
-    "webp": _image,
-    "bmp": _image,
+    "jpg": jpeg_pixels,
+    "jpeg": jpeg_pixels,
+    "png": image_pixels,
+    "webp": image_pixels,
+    "bmp": image_pixels,
     "cls": _label,
     "npy": lambda data: np.load(io.BytesIO(data), allow_pickle=False),
     "json": lambda data: np.asarray(json.loads(data), dtype=np.float64),

@@ -8,7 +8,7 @@ with the batch to the process that trains.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from dltrain.data.batch import Batch
+from dltrain.data.decode import EncodedCrop
+from dltrain.data.encoded import EncodedCrops
 from dltrain.data.order import Integers, SampleOrder, sample_key, share
 from dltrain.data.quarantine import Bad
 from dltrain.data.reader import Dataset, Streamed
@@ -24,9 +26,11 @@ from dltrain.data.stream import Places
 from dltrain.errors import UserError
 from dltrain.storage.counters import Counts, count, snapshot
 
-Transform = Callable[[Sample, np.random.Generator | None], dict[str, np.ndarray[Any, Any]]]
+Arrays = dict[str, Any]
+"""Arrays of one sample by field, or :class:`EncodedCrop`."""
+
+Transform = Callable[[Sample, np.random.Generator | None], Mapping[str, Any]]
 Span = tuple[int, int]
-Arrays = dict[str, np.ndarray[Any, Any]]
 
 WEIGHT = "weight"
 """Key under which a transform may return a sample's weight in the loss: a number, 0 or more; 1 where it is absent."""
@@ -62,6 +66,8 @@ class Fetch:
     augment: bool
     replace: bool = False
     """Replace bad samples instead of refusing them."""
+    encoded: bool = False
+    """Leave pieces of images encoded: the batch's device decodes them."""
     _before: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
@@ -98,11 +104,13 @@ class Fetch:
         weights = [_weight(array, sample) for array, sample in zip(arrays, samples, strict=True)]
         weight[: len(positions)] = weights[: len(positions)]
         padded[len(positions) :] = -1
+        later = [name for name, value in arrays[0].items() if isinstance(value, EncodedCrop)]
         return Batch(
-            fields={name: _stack(name, arrays, samples) for name in arrays[0] if name != WEIGHT},
+            fields={name: _stack(name, arrays, samples) for name in arrays[0] if name not in (WEIGHT, *later)},
             weight=torch.from_numpy(weight),
             keys=tuple(sample.key for sample in samples),
             position=torch.from_numpy(padded),
+            encoded={name: EncodedCrops.pack(_column(name, arrays, samples)) for name in later},
         )
 
     def _load(self, positions: Integers, bad: list[Bad]) -> tuple[list[Sample], list[Arrays]]:
@@ -139,10 +147,11 @@ class Fetch:
         )
 
     def _decode(self, sample: Sample, position: int) -> Arrays:
-        if not self.augment:
-            return self.transform(sample, None)
-        key = sample_key(self.order.seed, position)
-        return self.transform(sample, np.random.Generator(np.random.Philox(key=key)))
+        key = sample_key(self.order.seed, position) if self.augment else None
+        made = self.transform(sample, None if key is None else np.random.Generator(np.random.Philox(key=key)))
+        if self.encoded:
+            return dict(made)
+        return {name: value.decode() if isinstance(value, EncodedCrop) else value for name, value in made.items()}
 
 
 def _weight(fields: Arrays, sample: Sample) -> float:
@@ -156,14 +165,26 @@ def _weight(fields: Arrays, sample: Sample) -> float:
     return float(value)
 
 
-def _stack(name: str, arrays: list[Arrays], samples: list[Sample]) -> torch.Tensor:
+def _column(name: str, arrays: list[Arrays], samples: list[Sample]) -> list[Any]:
+    """One field of all samples."""
     lacking = next((place for place, array in enumerate(arrays) if name not in array), None)
     if lacking is not None:
         raise UserError(
             f"{samples[lacking].where} has no field {name!r}, which {samples[0].where} has; "
             "return the same fields from the task's sample()"
         )
-    values = [np.asarray(array[name]) for array in arrays]
+    column = [array[name] for array in arrays]
+    later = [isinstance(value, EncodedCrop) for value in column]
+    if any(later) != all(later):
+        raise UserError(
+            f"field {name!r} is still encoded in {samples[later.index(True)].where} and decoded in "
+            f"{samples[later.index(False)].where}; make them equal in the task's sample()"
+        )
+    return column
+
+
+def _stack(name: str, arrays: list[Arrays], samples: list[Sample]) -> torch.Tensor:
+    values = [np.asarray(value) for value in _column(name, arrays, samples)]
     for value, sample in zip(values, samples, strict=True):
         if value.shape != values[0].shape or value.dtype != values[0].dtype:
             raise UserError(

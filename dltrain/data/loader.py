@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from dltrain.data.batch import Batch
 from dltrain.data.device import moved_ahead
+from dltrain.data.encoded import lacks_decoder
 from dltrain.data.fetch import Fetch, Fetched, Span, Transform
 from dltrain.data.gauge import Gauge
 from dltrain.data.order import SETTINGS, SampleOrder, step_span, steps_between
@@ -39,7 +40,8 @@ class Loader:
     ``rank`` of ``ranks`` are data ranks. ``epochs=1`` ends after the epoch, padding its last step (evaluation);
     ``epochs=0`` never ends. A batch has as many samples as the largest share of any rank. ``node`` of ``nodes`` is
     where this rank runs, for data that are fetched ahead. With ``bad_samples`` up to so many are replaced, each told in
-    a line of the file ``quarantine``. On a CUDA ``device`` the next batch is copied while the current one is used.
+    a line of the file ``quarantine``. On a CUDA ``device`` the next batch is copied while the current one is used;
+    with ``decode`` ``device`` it also decodes the images that tasks leave encoded, where torchvision offers that.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Loader:
         nodes: int = 1,
         bad_samples: int = 0,
         quarantine: Path | None = None,
+        decode: str = "host",
     ) -> None:
         if global_batch_size < ranks:
             raise UserError(
@@ -91,6 +94,7 @@ class Loader:
         self._depth: Callable[[], int] = lambda: 0
         size = -(-global_batch_size // ranks)
         self._fetch = Fetch(dataset, order, transform, rank, ranks, size, augment, replace=bad_samples > 0)
+        self._fetch.encoded = decode == "device" and self._device is not None and not lacks_decoder(self._device)
         if isinstance(dataset, Streamed):
             dataset.follow(order, node, nodes)
 

@@ -7,14 +7,16 @@ Shards hold an image (`png`, `jpg`) and its class (`cls`) per sample; the manife
 Copy this file (`dltrain recipe cp image/classify mine.py`) and change what you like: it is yours then.
 """
 
+from typing import Any
+
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dltrain import Batch, Config, Plan, Sample, Section, Task, main, preset
 from dltrain.config import Data, Evaluation, Length, Logging, Optim, Run, Schedule
-from dltrain.data.decode import decode_field, decode_label
+from dltrain.data.decode import decode_field, decode_label, encode_crop
 from dltrain.metrics.classification import Classification
 from dltrain.models.vision import small_cnn
 
@@ -26,6 +28,8 @@ class ClassifyModel(Section):
     """Field of the image in the shards."""
     size: int = Field(default=8, ge=4)
     """Height and width of the images, in pixels."""
+    crop: bool = False
+    """Cut a random piece of each image, in evaluation its middle, and scale it to `size`: for images of any size."""
     channels: int = Field(default=1, ge=1)
     """1 for grey images, 3 for colour."""
     classes: int = Field(default=10, ge=2)
@@ -38,6 +42,12 @@ class ClassifyModel(Section):
     """Augmentation: shift each training image by up to so many pixels."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread over all classes (Szegedy et al. 2016)."""
+
+    @model_validator(mode="after")
+    def _in_colour(self) -> "ClassifyModel":
+        if self.crop and self.channels != 3:
+            raise ValueError("pieces cut from images are in colour; set model.channels 3")
+        return self
 
 
 class ClassifyConfig(Config):
@@ -62,12 +72,15 @@ class Classify(Task):
 
     config: ClassifyConfig
 
-    def sample(self, sample: Sample, random: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def sample(self, sample: Sample, random: np.random.Generator | None) -> dict[str, Any]:
         model = self.config.model
+        label = decode_label(sample, model.classes)
+        if model.crop:
+            return {"image": encode_crop(sample, model.image, model.size, random), "cls": label}
         image = decode_field(sample, model.image)
         if random is not None and model.shift:
             image = shifted(image, *random.integers(-model.shift, model.shift + 1, size=2))
-        return {"image": image, "cls": decode_label(sample, model.classes)}
+        return {"image": image, "cls": label}
 
     def model(self) -> nn.Module:
         model = self.config.model

@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from dltrain.data import decode
+from dltrain.data import image as images
 from dltrain.data.decode import decode_crop, decode_field, decode_label
 from dltrain.data.sample import BadSample, Sample
 from dltrain.errors import UserError
@@ -37,7 +37,7 @@ def sample(**fields: bytes) -> Sample:
 @pytest.mark.parametrize("codec", ["simplejpeg", "pillow"])
 def test_a_jpeg_has_the_pixels_of_its_picture(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if codec == "pillow":
-        monkeypatch.setattr(decode, "_simplejpeg", lambda: None)
+        monkeypatch.setattr(images, "_simplejpeg", lambda: None)
     pixels = picture(120, 160)
     found = decode_field(sample(jpg=encoded(pixels, "JPEG")), "jpg")
     assert found.shape == (120, 160, 3)
@@ -71,7 +71,7 @@ def test_random_crops_follow_their_generator_and_their_bounds() -> None:
     assert np.array_equal(crops[0], crops[1])
     assert not np.array_equal(crops[0], crops[2])
     for seed in range(200):
-        top, left, high, wide = decode._box(300, 400, np.random.default_rng(seed), (0.35, 1.0), (3 / 4, 4 / 3))
+        top, left, high, wide = images._box(300, 400, np.random.default_rng(seed), (0.35, 1.0), (3 / 4, 4 / 3))
         assert 0 <= top <= 300 - high
         assert 0 <= left <= 400 - wide
         assert 0.34 < high * wide / (300 * 400) <= 1.01 or (high, wide) == (300, 300)
