@@ -37,7 +37,7 @@ class Batch:
             return self
         moved = {name: value.to(device, non_blocking=True) for name, value in self.fields.items()}
         decoded = {name: crops.to(device) for name, crops in self.encoded.items()}
-        host = self.host or replace(self, fields={**self.fields, **decoded}, encoded={})
+        host = self.host or (replace(self, fields={**self.fields, **decoded}, encoded={}) if decoded else self)
         weight = self.weight.to(device, non_blocking=True)
         return replace(self, fields={**moved, **decoded}, weight=weight, host=host, encoded={})
 

@@ -121,7 +121,7 @@ class CachedFiles(ShardFiles):
         missing = [shard for shard, pages in found.items() if pages is None]
         count(cache_hits=len(shards) - len(missing), cache_misses=len(missing))
         if missing and not self._is_in_a_hurry(missing):
-            fetched = at_once(self._fetch, missing)
+            fetched = at_once(self._fetch, missing, discard=os.close)
             found.update((shard, self._take(shard, handle)) for shard, handle in zip(missing, fetched, strict=True))
         return [found[shard] for shard in shards]
 

@@ -9,8 +9,10 @@ the pieces, the same as it would cut itself, so that workers are few and the cop
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -26,15 +28,25 @@ Decoder = Callable[[list[Tensor], torch.device], list[Tensor]]
 Raises ``RuntimeError`` when it cannot decode one of them."""
 
 
+_AT_ONCE = 32
+"""Images that lie on the device whole at a time: photos of 12 megapixels take 36 MB each."""
+
+
+@cache
 def lacks_decoder(device: torch.device) -> str:
-    """Why images cannot be decoded on ``device``; empty when they can."""
+    """Why images cannot be decoded on ``device``, found by decoding one; empty when they can."""
     if device.type != "cuda":
         return "there is no GPU"
+    from PIL import Image
+
+    jpeg = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(jpeg, "JPEG")
     try:
-        from torchvision.io import decode_jpeg  # noqa: F401
-    except ImportError:
-        return "this torchvision does not offer it"
-    return "" if hasattr(torch.ops.image, "decode_jpegs_cuda") else "this torchvision was built without nvJPEG"
+        _nvjpeg([torch.frombuffer(bytearray(jpeg.getvalue()), dtype=torch.uint8)], device)
+    except Exception as error:  # noqa: BLE001  builds without it differ in what they raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"torchvision does not decode on it ({reason})"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -74,14 +86,17 @@ class EncodedCrops:
     def to(self, device: torch.device, non_blocking: bool = True, decoder: Decoder | None = None) -> Tensor:
         """Pixels, uint8 [n, size, size, 3], on the device. Raises :class:`BadSample` for what neither it nor the host
         can decode."""
+        some = (self[first : first + _AT_ONCE] for first in range(0, len(self), _AT_ONCE))
+        return torch.stack([pixels for part in some for pixels in part._decode(device, decoder or _nvjpeg)])
+
+    def _decode(self, device: torch.device, decoder: Decoder) -> list[Tensor]:
         pieces = self._pieces()
-        decoder = decoder or _nvjpeg
         try:
             images = decoder(pieces, device)
-        except RuntimeError:  # it does not say which
-            return torch.stack([self._one(place, piece, device, decoder) for place, piece in enumerate(pieces)])
-        cut = [_cut(image, crop.box, crop.size) for image, crop in zip(images, self.crops, strict=True)]
-        return torch.stack(cut)
+        except RuntimeError as error:  # it does not say which
+            _refuse_other(error)
+            return [self._one(place, piece, device, decoder) for place, piece in enumerate(pieces)]
+        return [_cut(image, crop.box, crop.size) for image, crop in zip(images, self.crops, strict=True)]
 
     def _pieces(self) -> list[Tensor]:
         begins = (0, *self.ends[:-1])
@@ -92,14 +107,24 @@ class EncodedCrops:
         crop = self.crops[place]
         try:
             return _cut(decoder([piece], device)[0], crop.box, crop.size)
-        except RuntimeError:
+        except RuntimeError as error:
+            _refuse_other(error)
             pixels = replace(crop, data=piece.numpy().tobytes()).decode()
             return torch.from_numpy(pixels).to(device)
 
 
+def _refuse_other(error: RuntimeError) -> None:
+    """Raise again what is no fault of an image: memory that is short, a device that failed."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+        raise error
+
+
 def _nvjpeg(pieces: list[Tensor], device: torch.device) -> list[Tensor]:
+    """By torchvision, which decodes on a stream of its own into memory of the current stream: what is queued there may
+    still read that memory, so it is waited for."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
+    torch.cuda.current_stream(device).synchronize()
     images: list[Tensor] = decode_jpeg(pieces, mode=ImageReadMode.RGB, device=device)
     return images
 

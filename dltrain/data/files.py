@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import ClassVar, Protocol, TypeVar
 
@@ -159,9 +159,8 @@ class RangedFiles(ShardFiles):
         for _, ranges in requests:
             found: dict[int, bytes] = {}
             while len(found) < len(ranges):
-                (_, group), data = next(pieces)
-                start = group[0][1][0]
-                found.update((place, data[first - start : first - start + size]) for place, (first, size) in group)
+                (_, group), cut = next(pieces)
+                found.update(zip((place for place, _ in group), cut, strict=True))
             answers.append(found)
         return [[found[place] for place in range(len(found))] for found in answers]
 
@@ -174,9 +173,11 @@ class RangedFiles(ShardFiles):
     def _index(self, shard: int) -> bytes | bytearray:
         return storage.read(self._manifest.index_url(shard), 0, self._manifest.shards[shard].index_bytes)
 
-    def _fetch(self, shard: int, group: list[tuple[int, Range]]) -> bytes:
+    def _fetch(self, shard: int, group: list[tuple[int, Range]]) -> list[bytes]:
+        """The ranges of a group alone: what lies between them is not kept."""
         start, stop = group[0][1][0], max(first + size for _, (first, size) in group)
-        return bytes(storage.read(self._manifest.shard_url(shard), start, stop))
+        data = storage.read(self._manifest.shard_url(shard), start, stop)
+        return [bytes(data[first - start : first - start + size]) for _, (first, size) in group]
 
 
 def _neighbours(ranges: Sequence[Range]) -> list[list[tuple[int, Range]]]:
@@ -193,8 +194,11 @@ def _neighbours(ranges: Sequence[Range]) -> list[list[tuple[int, Range]]]:
     return groups
 
 
-def at_once(read: Callable[[Job], Found], jobs: Sequence[Job]) -> list[Found]:
-    """``read(job)`` for every job, each by a thread of its own; a failure ends the others' reads and is raised."""
+def at_once(
+    read: Callable[[Job], Found], jobs: Sequence[Job], discard: Callable[[Found], None] = lambda found: None
+) -> list[Found]:
+    """``read(job)`` for every job, by threads. A failure ends the others' reads and is raised; what they found until
+    then is given to ``discard``."""
     failed = threading.Event()
 
     def attempt(job: Job) -> Found:
@@ -206,11 +210,26 @@ def at_once(read: Callable[[Job], Found], jobs: Sequence[Job]) -> list[Found]:
             raise
 
     futures = [_pool(os.getpid(), settings().in_flight).submit(attempt, job) for job in jobs]
-    wait(futures)
-    failures = [failure for future in futures if (failure := future.exception()) is not None]
-    if failures:
-        raise next((failure for failure in failures if not isinstance(failure, storage.Cancelled)), failures[0])
-    return [future.result() for future in futures]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    except BaseException:  # Ctrl-C
+        failed.set()
+        raise
+    finally:
+        if failed.is_set():
+            for future in futures:
+                future.cancel()
+                future.add_done_callback(lambda done: _discard(done, discard))
+    if not failed.is_set():
+        return [future.result() for future in futures]
+    wait(futures)  # the buffers they fill are given back next
+    failures = [failure for future in futures if not future.cancelled() and (failure := future.exception()) is not None]
+    raise next((failure for failure in failures if not isinstance(failure, storage.Cancelled)), failures[0])
+
+
+def _discard(future: Future[Found], discard: Callable[[Found], None]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        discard(future.result())
 
 
 @lru_cache(maxsize=1)

@@ -100,20 +100,20 @@ def _parse(url: str, text: bytes) -> Manifest:
         tree = json.loads(text)
     except ValueError as error:
         raise UserError(f"{place} is not JSON ({error}); index the data set anew: dltrain shards index {url}") from None
-    if not isinstance(tree, dict) or not {"version", "facts", "shards"} <= tree.keys():
+    if isinstance(tree, dict) and type(tree.get("version")) is int and tree["version"] != VERSION:
+        raise UserError(f"{place} has version {tree['version']}; this dltrain reads version {VERSION}")
+    if not isinstance(tree, dict) or tree.get("version") != VERSION or not isinstance(tree.get("facts"), dict):
         raise UserError(
             f"{place} is JSON, but not a list of shards as dltrain writes it (version, facts, shards); give the URL of "
             f"a data set, or index the tars that lie there: dltrain shards index {url}"
         )
-    if tree["version"] != VERSION:
-        raise UserError(f"{place} has version {tree['version']}; this dltrain reads version {VERSION}")
     try:
         shards = tuple(_shard_info(**line) for line in tree["shards"])
-    except (TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(
             f"a line of {place} does not describe a shard; index the data set anew: dltrain shards index {url}"
         ) from None
-    return Manifest(url, shards, dict(tree["facts"]))
+    return Manifest(url, shards, tree["facts"])
 
 
 def _shard_info(**line: Any) -> ShardInfo:

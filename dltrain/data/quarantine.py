@@ -37,17 +37,15 @@ class Quarantine:
         sample = bad.shard, bad.index
         if sample in self._known:
             return
+        if len(self._known) >= self._allowed:  # it is not listed: a run that starts again meets it again
+            where = "" if self._file is None else f"; the others are listed in {self._file.parent}"
+            raise UserError(
+                f"{len(self._known) + 1} samples are bad and data.bad_samples allows {self._allowed}: mend the data, "
+                f"or allow more{where}; the last: {bad.reason}"
+            )
         self._known.add(sample)
         if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a") as file:
-                file.write(json.dumps(asdict(bad)) + "\n")
-        if len(self._known) > self._allowed:
-            where = "" if self._file is None else f"; they are listed in {self._file.parent}"
-            raise UserError(
-                f"{len(self._known)} samples are bad and data.bad_samples allows {self._allowed}: mend the data, or "
-                f"allow more{where}; the last: {bad.reason}"
-            )
+            _append(self._file, json.dumps(asdict(bad)))
 
 
 def _listed(folder: Path) -> Iterator[tuple[int, int]]:
@@ -56,5 +54,13 @@ def _listed(folder: Path) -> Iterator[tuple[int, int]]:
             try:
                 entry = json.loads(line)
                 yield entry["shard"], entry["index"]
-            except ValueError:  # the last line of a rank that was killed while it wrote; it will meet the sample again
+            except (ValueError, TypeError, KeyError):  # cut off by a kill; who wrote it will meet the sample again
                 continue
+
+
+def _append(file: Path, line: str) -> None:
+    """A line of its own, also behind one that was cut off."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = file.is_file() and not file.read_bytes().endswith(b"\n")
+    with file.open("a") as lines:
+        lines.write("\n" * cut_off + line + "\n")

@@ -44,7 +44,9 @@ def stream(
                 return
             if isinstance(dataset, Streamed):
                 dataset.advance(first)
-            yield from dataset.read(*places.locate(share(first, last, rank, ranks)))
+            mine = share(first, last, rank, ranks)
+            if len(mine):
+                yield from dataset.read(*places.locate(mine))
     finally:
         if isinstance(dataset, Streamed):
             dataset.rest()

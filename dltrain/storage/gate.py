@@ -15,12 +15,19 @@ import os
 import random
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 from dltrain.storage.settings import settings
+
+_LOOK_SECONDS = 0.1
+"""How often one who waits in this process looks whether that is still wanted."""
+
+_TURN_SECONDS = 0.02
+"""And one who waits for the node, whether a place is free: on average half of it, a third of a request's time."""
 
 _CALM_SECONDS = 1.0
 """Several requests fail at once when a server is overrun: that is one reason to halve, not many."""
@@ -46,16 +53,20 @@ class Gate:
         return max(1, int(self._limit))
 
     @contextmanager
-    def request(self, small: bool = False) -> Iterator[None]:
+    def request(self, small: bool = False, go_on: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Wait for a place, and keep it while the block runs.
 
         Small requests, for which someone waits, have places of their own: they do not queue behind parts of large ones.
+        ``go_on`` is asked again and again while waiting, and raises where that is in vain.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._running[small] < self.limit)
+            while self._running[small] >= self.limit:
+                self._changed.wait(_LOOK_SECONDS)
+                go_on()
             self._running[small] += 1
         try:
-            with self._slot():
+            with self._slot(go_on):
+                go_on()
                 yield
         finally:
             with self._changed:
@@ -77,30 +88,30 @@ class Gate:
                 self._limit, self._halved_at = max(1.0, self._limit / 2), now
 
     @contextmanager
-    def _slot(self) -> Iterator[None]:
+    def _slot(self, go_on: Callable[[], None]) -> Iterator[None]:
         if not self._slots:
             yield
             return
-        handle = self._take()
+        handle = self._take(go_on)
         try:
             yield
         finally:
             fcntl.flock(handle, fcntl.LOCK_UN)  # a child forked meanwhile has the file open too
             os.close(handle)
 
-    def _take(self) -> int:
-        """An open, locked file: any that is free, or else the next turn on one of them."""
-        first = random.randrange(self._slots)
-        for place in range(self._slots):
-            handle = self._open((first + place) % self._slots)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return handle
-            except BlockingIOError:
-                os.close(handle)
-        handle = self._open(first)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        return handle
+    def _take(self, go_on: Callable[[], None]) -> int:
+        """An open, locked file: the first that is free."""
+        while True:
+            first = random.randrange(self._slots)
+            for place in range(self._slots):
+                handle = self._open((first + place) % self._slots)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return handle
+                except BlockingIOError:
+                    os.close(handle)
+            time.sleep(random.uniform(0, _TURN_SECONDS))
+            go_on()
 
     def _open(self, slot: int) -> int:
         file, flags = self._folder / f"request-{slot:04d}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC

@@ -53,8 +53,8 @@ def read_whole(store: RemoteStore, path: str) -> bytearray:
 def cancelled_by(event: threading.Event) -> Iterator[None]:
     """Reads of remote objects begun by this thread in the block raise :class:`Cancelled` soon after ``event`` is set.
 
-    At once where a part waits for its turn or its next attempt, else when the request in flight brings its next bytes,
-    or its time is out.
+    Within a tenth of a second where a part waits for its turn or its next attempt, else when the request in flight
+    brings its next bytes or its time is out.
     """
     token = _stop.set(event)
     try:
@@ -63,7 +63,7 @@ def cancelled_by(event: threading.Event) -> Iterator[None]:
         _stop.reset(token)
 
 
-_stop: ContextVar[threading.Event] = ContextVar("stop", default=threading.Event())  # noqa: B039  never set
+_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 class _GivenUp(Exception):
@@ -109,16 +109,17 @@ class Reading:
             except PastTheEnd:
                 return done - first
             except Interrupted as error:
-                failures = 1 if done > before else failures + 1
-                self._pause(error, failures)
+                failure = Interrupted(str(error), error.throttled)  # without frames, which hold pieces of the buffer
             except BaseException:
                 self._failed = True
                 raise
+            failures = 1 if done > before else failures + 1
+            self._pause(failure, failures)
         return done - first
 
     def _request(self, done: int, stop: int) -> Iterator[int]:
         """One request for ``buffer[done:stop]``; yields the bytes of each piece that has arrived in its place."""
-        with gate().request(small=stop - done <= SMALL):
+        with gate().request(small=stop - done <= SMALL, go_on=self._go_on):
             count(requests=1)
             with closing(self._store.open(self._path, self._start + done, self._start + stop, self._etag)) as body:
                 self._agree(body.info)
@@ -137,7 +138,7 @@ class Reading:
         """Raise what ends a part before its end."""
         if self._failed:
             raise _GivenUp
-        if self._stop.is_set():
+        if self._stop is not None and self._stop.is_set():
             raise Cancelled
 
     def _agree(self, info: ObjectInfo) -> None:
@@ -162,7 +163,11 @@ class Reading:
         if error.throttled:
             count(throttled=1)
             gate().slow_down(time.monotonic())
-        self._stop.wait(random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**failures)))
+        pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**failures))
+        if self._stop is None:
+            time.sleep(pause)
+        else:
+            self._stop.wait(pause)
 
 
 def _part_bytes(size: int) -> int:

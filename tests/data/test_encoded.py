@@ -71,7 +71,7 @@ def agree(pixels: Tensor, expected: np.ndarray[Any, Any]) -> None:
 
 @pytest.mark.parametrize("random", [True, False], ids=["random pieces", "middle"])
 def test_the_device_cuts_what_the_host_would(random: bool) -> None:
-    encoded, expected = crops(random)
+    encoded, expected = crops(random, 40)  # more than are decoded at once
     packed = EncodedCrops.pack(encoded)
     agree(packed.to(CPU, decoder=by_torch), expected)
     agree(packed[2:5].to(CPU, decoder=by_torch), expected[2:5])
@@ -127,6 +127,19 @@ def test_batches_travel_encoded_only_where_the_device_decodes(photos: str, worke
         agree(crops.to(CPU, decoder=by_torch), whole.fields["image"].numpy())
         parts = [piece.encoded["image"].to(CPU, decoder=by_torch) for piece in later.split(3)]
         assert torch.equal(torch.cat(parts), crops.to(CPU, decoder=by_torch))
+
+
+def test_what_is_no_fault_of_an_image_is_told() -> None:
+    def short_of_memory(pieces: list[Tensor], device: torch.device) -> list[Tensor]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        EncodedCrops.pack(crops(False)[0]).to(CPU, decoder=short_of_memory)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch without CUDA")
+def test_a_torchvision_that_cannot_is_found_by_trying() -> None:
+    assert "torchvision does not decode on it" in lacks_decoder(torch.device("cuda"))
 
 
 def test_without_a_gpu_the_host_decodes(photos: str) -> None:

@@ -177,6 +177,11 @@ def test_bad_samples_within_a_budget_are_replaced_on_every_rank_alike(
     assert all("shard-000003.tar is damaged" in line["reason"] for line in lines)
     assert numbers(loader(tmp_path / "a", bad_samples=2, quarantine=list_of_rank.with_stem("rank-00001"))) == found
     assert [file.name for file in list_of_rank.parent.iterdir()] == [list_of_rank.name]  # a run that starts again
+    for _ in range(2):  # the one too many is not forgiven by a start
+        with pytest.raises(
+            UserError, match=r"2 samples are bad and data\.bad_samples allows 1: .*others are listed in"
+        ):
+            numbers(loader(tmp_path / "a", bad_samples=1, quarantine=tmp_path / "few" / "rank-00000.jsonl"))
     shares = [numbers(loader(tmp_path / "b", rank=rank, ranks=2, bad_samples=4)) for rank in range(2)]
     assert [number for pair in zip(*shares, strict=True) for number in pair] == found
     with pytest.raises(UserError, match=r"2 samples are bad and data\.bad_samples allows 1: .*is damaged"):
@@ -268,8 +273,11 @@ def test_two_nodes_on_one_cache_with_one_killed_again_and_again(server: FaultyS3
     assert kills >= 3
 
 
-def test_a_failed_part_is_the_error_and_nobody_writes_after_it(server: FaultyS3, tmp_path: Path) -> None:
+def test_a_failed_part_is_the_error_and_nobody_writes_after_it(
+    server: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some parts are refused while others still stream: the cache gives its map back only when all have ended."""
+    monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1, timeout=1.0, attempts=3).model_dump_json())
     server.set(Faults(bandwidth=2e6, expire_after=2))
     source = loader(tmp_path)
     with pytest.raises(UserError, match=r"ExpiredToken|refused the credentials"):
@@ -291,6 +299,19 @@ def test_what_is_fetched_ahead_from_a_dead_store_ends_with_its_reader(
     for thread in ahead:
         thread.join(2.0)
     assert not any(thread.is_alive() for thread in ahead)
+
+
+def test_a_body_that_stalls_is_told_and_not_the_map_it_was_read_into(
+    server: FaultyS3, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1, timeout=0.5, attempts=2).model_dump_json())
+    source = loader(tmp_path)
+    server.set(Faults(bandwidth=50, keys="set/*.tar"))
+    with pytest.raises(UserError, match="2 attempts"):
+        numbers(source)
+    server.set(Faults())
+    monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1).model_dump_json())
+    assert numbers(source) == expected
 
 
 def test_windows_of_a_damaged_series_are_an_error(server: FaultyS3, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_samples_one_after_another(s3: S3Server, cache: str, tmp_path: Path) -> 
     whole = [sample.key for sample in stream(dataset, order, stop=80, read=7)]
     assert sorted(whole[:40]) == sorted(whole[40:]) == list(SAMPLES)
     ranks = [list(stream(dataset, order, start=5, stop=80, rank=rank, ranks=3, read=4)) for rank in range(3)]
+    assert [len(list(stream(dataset, order, stop=10, rank=rank, ranks=3, read=3))) for rank in range(3)] == [4, 3, 3]
     for rank, samples in enumerate(ranks):
         assert [sample.key for sample in samples] == [whole[p] for p in range(5, 80) if p % 3 == rank]
     assert next(iter(stream(dataset, order, start=400_003))).fields.keys() == {"bin", "cls"}
@@ -79,6 +80,8 @@ def test_samples_one_after_another(s3: S3Server, cache: str, tmp_path: Path) -> 
         ('{"shards": {"raw_data": {}}}', "is JSON, but not a list of shards"),
         ('{"version": 2, "facts": {}, "shards": []}', "has version 2"),
         ('{"version": 1, "facts": {}, "shards": [{"name": "a"}]}', "a line of .* does not describe a shard"),
+        ('{"version": 1, "facts": null, "shards": []}', "is JSON, but not a list of shards"),
+        ('{"version": 2, "lines": []}', "has version 2"),
         ('{"version": 1, "facts": {}, "shards": 7}', "a line of .* does not describe a shard"),
     ],
 )

@@ -137,6 +137,13 @@ def test_a_read_that_nobody_waits_for_ends_soon(server: FaultyS3, monkeypatch: p
     with pytest.raises(storage.Cancelled), storage.cancelled_by(unwanted):
         storage.read(URL, 0, len(DATA))
     assert 0.2 < time.monotonic() - began < 2.0
+    server.set(Faults(latency=0.2))
+    sent, unwanted = counters.snapshot().requests, threading.Event()
+    monkeypatch.setenv("DLTRAIN_STORAGE", Storage(part_mib=1, in_flight=1).model_dump_json())
+    threading.Timer(0.3, unwanted.set).start()
+    with pytest.raises(storage.Cancelled), storage.cancelled_by(unwanted):
+        storage.read(URL, 0, len(DATA))
+    assert counters.snapshot().requests - sent <= 2  # those that wait for their turn are not sent at all
     server.set(Faults())
     assert read()[0] == DATA
 
