@@ -29,7 +29,8 @@ def evaluate(engine: Engine, task: Task, loader: Loader) -> Metric:
     loader.position = 0
     for batch in loader:
         outputs, losses = engine.evaluate(batch)
-        metric.update(outputs, losses, batch)
+        if engine.counts:
+            metric.update(outputs, losses, batch)
     reduce_sums(metric)
     counted = metric.compute().get("samples", loader.samples)
     if round(counted) != loader.samples:

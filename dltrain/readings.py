@@ -72,10 +72,13 @@ class _Pending:
 
 
 class Readings:
-    """The step's reduction and the queue of values on their way to the host."""
+    """The step's reduction and the queue of values on their way to the host.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    A rank that sees the samples of another does not count (``counts``): its requests alone are heard.
+    """
+
+    def __init__(self, device: torch.device, counts: bool = True) -> None:
+        self._device, self._counts = device, counts
         self._distributed = dist.is_initialized() and dist.get_world_size() > 1
         self._queue: deque[_Pending] = deque()
         self._members = list(Request)
@@ -88,9 +91,11 @@ class Readings:
             self._reduced, self._requests = count.to(self._device, non_blocking=True), requests
             return self._reduced
         flags = [float(member in requests) for member in self._members]
-        vector = torch.tensor([float(count), 0.0, *flags], dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        mine = float(count) if self._counts else 0.0
+        vector = torch.tensor([mine, 0.0, *flags], dtype=torch.float64, pin_memory=self._device.type == "cuda")
         vector = vector.to(self._device, non_blocking=True)
-        vector[1] = self._loss_sum
+        if self._counts:
+            vector[1] = self._loss_sum
         dist.all_reduce(vector)
         self._reduced = vector
         return vector[0].float()

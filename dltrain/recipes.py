@@ -41,6 +41,7 @@ class Declarations:
         """The config of a preset (which may be empty), of a YAML file, or of the run that ``run.resume`` names, with
         overrides. Raises :class:`UserError`."""
         check_keys(self.config, [key.replace("__", ".") for key in overrides])
+        preset = preset.replace("_", "-")
         if preset and preset not in self.presets:
             raise UserError(f"recipe {self.name} has no preset {preset!r}; {nearest(preset, self.presets)}")
         return load_overrides(self._base(preset, overrides, file), overrides)
@@ -135,7 +136,7 @@ def read_text(path: Path) -> str:
 def describe_module(module: ModuleType, name: str, path: Path, doc: str) -> Declarations:
     """The config class and presets that a module (or its declarations) holds."""
     members = vars(module)
-    presets = {key: value for key, value in members.items() if getattr(value, "is_preset", False)}
+    presets = {key.replace("_", "-"): value for key, value in members.items() if getattr(value, "is_preset", False)}
     own = [
         value
         for value in members.values()

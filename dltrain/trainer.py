@@ -67,7 +67,7 @@ class Trainer:
         self._elapsed, self._since = 0.0, time.monotonic()
         self.trained_samples, self.trained_seconds = 0, 0.0
         self._requests = self._asked = NOTHING
-        self._readings = Readings(engine.device)
+        self._readings = Readings(engine.device, engine.counts)
         self._meter = Meter()
         self._position = loader.position
         self._resolve_length()
@@ -214,7 +214,7 @@ class Trainer:
         """This rank's wishes: a signal's, and on rank 0 the clock's."""
         if self._stop:
             self._requests |= Request.STOP
-        if not self._timed or self._data_rank:
+        if not self._timed or self._data_rank or not self.engine.counts:
             return
         elapsed = self._elapsed + time.monotonic() - self._since
         for request, interval in self._timed:

@@ -205,6 +205,8 @@ class Parallel(Section):
     """Replicas of the (sharded) model; -1 takes the ranks that are left, 1 where dp_shard takes them."""
     dp_shard: int = Field(default=1, ge=-1)
     """Ranks that share one sharded copy (FSDP2); -1 takes the ranks that are left, 1 is DDP."""
+    tp: int = Field(default=1, ge=1)
+    """Ranks that share each layer of the model, where its plan says how, and read the same samples."""
     reshard_after_forward: bool = True
     """Free gathered parameters after the forward pass (ZeRO-3) or keep them for the backward pass (ZeRO-2)."""
     micro_batch: int = NotNegative

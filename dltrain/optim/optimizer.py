@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -29,7 +29,7 @@ def build_optimizer(model: nn.Module, config: Optim) -> Optimizer:
         {"params": [p for n, p in named if _decays(n, p, config)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not _decays(n, p, config)], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [part for group in groups for part in _by_mesh(group)]
     if config.name == "adamw":
         return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     # torch has no fused SGD for sharded tensors
@@ -58,6 +58,14 @@ def skip_if_nonfinite(optimizer: Optimizer, nonfinite: torch.Tensor) -> None:
     Fused optimizers read this attribute, which torch's gradient scaler sets too; the host never looks.
     """
     optimizer.__dict__["found_inf"] = nonfinite
+
+
+def _by_mesh(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The group's parameters, apart where they are split over other ranks: a fused kernel takes one kind at a time."""
+    kinds: dict[Any, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        kinds.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return ({**group, "params": parameters} for parameters in kinds.values())
 
 
 def _decays(name: str, parameter: Any, config: Optim) -> bool:

@@ -38,6 +38,9 @@ class Engine(Protocol):
 
     device: torch.device
 
+    counts: bool
+    """Whether this rank stands for those that see the same samples, in sums over all ranks."""
+
     def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
         """Gradients of ``sum of weighted losses / count`` over all data ranks; ``count`` is the global count, a float
         scalar on the device. Returns this rank's loss sum, detached, and its count."""
@@ -72,7 +75,7 @@ class Engine(Protocol):
 
 
 class PlainEngine:
-    """One process, DDP, FSDP2 or HSDP: every rank runs the whole forward and backward."""
+    """One process, DDP, FSDP2 or HSDP, with split layers or without: every rank runs the whole forward and backward."""
 
     def __init__(
         self,
@@ -83,8 +86,9 @@ class PlainEngine:
         config: Config,
         device: torch.device,
         data_ranks: int,
+        counts: bool = True,
     ) -> None:
-        self.device = device
+        self.device, self.counts = device, counts
         self.model = model
         self.optimizer = optimizer
         self._task, self._wrapped = task, wrapped

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 def gradients_of(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
@@ -43,7 +43,7 @@ def _group_norm(group: list[Tensor]) -> Tensor:
         return norm
     square = norm.square()
     for axis, placement in enumerate(first.placements):
-        if isinstance(placement, Shard):
+        if not placement.is_replicate():  # Shard, or the kind that FSDP2 makes of layers that are split already
             dist.all_reduce(square, group=first.device_mesh.get_group(axis))
     return square.sqrt()
 

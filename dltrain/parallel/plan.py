@@ -1,13 +1,15 @@
 """How one model family is spread over ranks: names, no communication.
 
-A plan stands beside its model. For now it names the units that are sharded, gathered and compiled as one.
+A plan stands beside its model. It names the units that are sharded, gathered and compiled as one, and the layers that
+tensor parallelism splits.
 
-    plan = Plan(units=("blocks.*",))
+    plan = Plan(units=("blocks.*",), tensor={"blocks.*.mlp.up": "column", "blocks.*.mlp.down": "row"})
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -17,10 +19,15 @@ from dltrain.errors import UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """``units`` are patterns of module names (``*`` stays within a dot); each matching module is one unit, the rest
-    belong to the root."""
+    """Patterns of module names, in which ``*`` stays within a dot.
+
+    Each module of ``units`` is one unit, the rest belong to the root. ``tensor`` splits linear layers: ``column`` by
+    outputs, which leaves each rank its part of the activations, and ``row`` by inputs, which adds the parts up again.
+    A column comes before a row, and what lies between works on any part, such as whole attention heads.
+    """
 
     units: tuple[str, ...] = ()
+    tensor: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def auto(cls, model: nn.Module) -> Plan:
@@ -38,17 +45,21 @@ class Plan:
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """The units of ``model``, innermost first. Raises :class:`UserError` for a pattern that matches nothing."""
         found: dict[str, nn.Module] = {}
-        names = dict(model.named_modules())
         for pattern in self.units:
-            matched = {
-                name: module
-                for name, module in names.items()
-                if name.count(".") == pattern.count(".") and fnmatchcase(name, pattern) and _has_parameters(module)
-            }
-            if not matched:
-                raise UserError(f"the plan's pattern {pattern!r} matches no module of {type(model).__name__}")
-            found.update(matched)
+            found.update(matching(model, pattern))
         return [found[name] for name in sorted(found, key=lambda name: -name.count("."))]
+
+
+def matching(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """Modules with parameters whose names match. Raises :class:`UserError` where there is none."""
+    matched = {
+        name: module
+        for name, module in model.named_modules()
+        if name.count(".") == pattern.count(".") and fnmatchcase(name, pattern) and _has_parameters(module)
+    }
+    if not matched:
+        raise UserError(f"the plan's pattern {pattern!r} matches no module of {type(model).__name__}")
+    return matched
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -173,6 +173,11 @@ def refuse_impossible(config: Config, channels: Channels, environment: Environme
         if channel is not None and (channel.is_pipe or channel.is_part(nodes)):
             raise UserError(f"channel {channel.name!r} is {_kind(channel)} and cannot {use}; {_INSTEAD}")
     channel = special_channel(config, channels, nodes)
+    if channel is not None and config.parallel.tp > 1:
+        raise UserError(
+            f"channel {channel.name!r} is {_kind(channel)}, which every rank reads for itself, and with parallel.tp "
+            f"{config.parallel.tp} several ranks need the same samples; {_INSTEAD}, or set parallel.tp 1"
+        )
     if channel is not None and channel.is_pipe:
         for found in _against_a_pipe(config, channel, channels, environment, windows):
             raise UserError(found)

@@ -7,7 +7,7 @@ Shards hold an image (`png`, `jpg`) and its class (`cls`) per sample; the manife
 Copy this file (`dltrain recipe cp image/classify mine.py`) and change what you like: it is yours then.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -18,12 +18,14 @@ from dltrain import Batch, Config, Plan, Sample, Section, Task, main, preset
 from dltrain.config import Data, Evaluation, Length, Logging, Optim, Run, Schedule
 from dltrain.data.decode import decode_field, decode_label, encode_crop
 from dltrain.metrics.classification import Classification
-from dltrain.models.vision import small_cnn
+from dltrain.models.vision import small_cnn, vit
 
 
 class ClassifyModel(Section):
-    """A small convolutional network and what its images look like."""
+    """The network, and what its images look like."""
 
+    name: Literal["small_cnn", "vit"] = "small_cnn"
+    """A small convolutional network, or a vision transformer."""
     image: str = "png"
     """Field of the image in the shards."""
     size: int = Field(default=8, ge=4)
@@ -35,16 +37,30 @@ class ClassifyModel(Section):
     classes: int = Field(default=10, ge=2)
     """Number of classes; labels run from 0."""
     width: int = Field(default=32, gt=0)
-    """Channels of the first block."""
+    """small_cnn: channels of the first block; vit: width of a token."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
-    """Dropout before the last layer."""
+    """small_cnn: dropout before the last layer; vit: in every block."""
+    patch: int = Field(default=2, gt=0)
+    """vit: height and width of a patch, in pixels; it divides the size."""
+    depth: int = Field(default=4, gt=0)
+    """vit: blocks."""
+    heads: int = Field(default=4, gt=0)
+    """vit: heads of attention; they divide the width."""
+    registers: int = Field(default=0, ge=0)
+    """vit: register tokens."""
+    positions: float = Field(default=0.02, gt=0)
+    """vit: deviation of the position embeddings at the start; few images want more."""
     shift: int = Field(default=1, ge=0)
     """Augmentation: shift each training image by up to so many pixels."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread over all classes (Szegedy et al. 2016)."""
 
     @model_validator(mode="after")
-    def _in_colour(self) -> "ClassifyModel":
+    def _fits(self) -> "ClassifyModel":
+        if self.name == "vit" and self.size % self.patch:
+            raise ValueError(f"patches of {self.patch} pixels do not divide a size of {self.size}")
+        if self.name == "vit" and self.width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
         if self.crop and self.channels != 3:
             raise ValueError("pieces cut from images are in colour; set model.channels 3")
         return self
@@ -67,6 +83,15 @@ def digits() -> ClassifyConfig:
     )
 
 
+@preset
+def vit_tiny() -> ClassifyConfig:
+    """The same digits by a vision transformer of four blocks, for trying layouts: 0.97 on one seed."""
+    config = digits()
+    model = ClassifyModel(name="vit", width=64, dropout=0.1, positions=0.5)
+    optim = Optim(learning_rate=2e-3, weight_decay=0.05, max_norm=1.0)
+    return config.model_copy(update={"model": model, "optim": optim})
+
+
 class Classify(Task):
     """Cross-entropy over class logits."""
 
@@ -84,10 +109,23 @@ class Classify(Task):
 
     def model(self) -> nn.Module:
         model = self.config.model
-        return small_cnn.SmallCNN(model.channels, model.size, model.classes, model.width, model.dropout)
+        if model.name == "small_cnn":
+            return small_cnn.SmallCNN(model.channels, model.size, model.classes, model.width, model.dropout)
+        return vit.ViT(
+            model.size,
+            model.patch,
+            model.channels,
+            model.classes,
+            depth=model.depth,
+            width=model.width,
+            heads=model.heads,
+            registers=model.registers,
+            dropout=model.dropout,
+            positions=model.positions,
+        )
 
     def plan(self) -> Plan:
-        return small_cnn.PLAN
+        return small_cnn.PLAN if self.config.model.name == "small_cnn" else vit.PLAN
 
     def inputs(self, batch: Batch) -> tuple[Tensor]:
         images = batch.fields["image"].float() / 255 - 0.5

@@ -7,20 +7,24 @@ A sample is a window inside a long series (a `.npy` member of a shard); the mani
 mean, deviation and seasonal error (the in-sample error of the seasonal naive forecast, by which MASE is scaled).
 """
 
+from typing import Literal
+
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dltrain import Batch, Config, Plan, Sample, Section, Task, main, preset
 from dltrain.config import Data, Evaluation, Length, Logging, Optim, Run, Schedule
 from dltrain.data.windows import Window
 from dltrain.metrics.forecasting import Forecasting
-from dltrain.models.timeseries import dlinear
+from dltrain.models.timeseries import dlinear, patchtst
 
 
 class ForecastModel(Section):
-    """DLinear, and the windows it sees."""
+    """The network, and the windows it sees."""
 
+    name: Literal["dlinear", "patchtst"] = "dlinear"
+    """Two linear layers, or a transformer over patches."""
     lookback: int = Field(default=260, gt=0)
     """Steps of past."""
     horizon: int = Field(default=52, gt=0)
@@ -28,7 +32,27 @@ class ForecastModel(Section):
     season: int = Field(default=52, gt=0)
     """Steps of a season, for the seasonal naive forecast and MASE."""
     kernel: int = Field(default=25, gt=0)
-    """Steps of the moving average that splits off the trend."""
+    """dlinear: steps of the moving average that splits off the trend."""
+    patch: int = Field(default=16, gt=0)
+    """patchtst: steps of a patch."""
+    stride: int = Field(default=8, gt=0)
+    """patchtst: steps from one patch to the next."""
+    depth: int = Field(default=3, gt=0)
+    """patchtst: blocks."""
+    width: int = Field(default=64, gt=0)
+    """patchtst: width of a token."""
+    heads: int = Field(default=4, gt=0)
+    """patchtst: heads of attention; they divide the width."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """patchtst: dropout in every block."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ForecastModel":
+        if self.name == "patchtst" and self.width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
+        if self.name == "patchtst" and self.lookback < self.patch:
+            raise ValueError(f"a lookback of {self.lookback} steps is shorter than a patch of {self.patch}")
+        return self
 
 
 class ForecastConfig(Config):
@@ -45,6 +69,19 @@ def co2() -> ForecastConfig:
         schedule=Schedule(warmup=Length.parse("1ep")),
         evaluation=Evaluation(every=Length.parse("10ep"), metric="mase", mode="min"),
         logging=Logging(every=Length.parse("20st")),
+    )
+
+
+@preset
+def co2_patchtst() -> ForecastConfig:
+    """The same by PatchTST, for trying layouts; so short a series is DLinear's."""
+    config = co2()
+    return config.model_copy(
+        update={
+            "model": ForecastModel(name="patchtst", width=32),
+            "run": Run(length=Length.parse("4ep")),
+            "evaluation": config.evaluation.model_copy(update={"every": Length.parse("2ep")}),
+        }
     )
 
 
@@ -67,10 +104,21 @@ class Forecast(Task):
 
     def model(self) -> nn.Module:
         model = self.config.model
-        return dlinear.DLinear(model.lookback, model.horizon, model.kernel)
+        if model.name == "dlinear":
+            return dlinear.DLinear(model.lookback, model.horizon, model.kernel)
+        return patchtst.PatchTST(
+            model.lookback,
+            model.horizon,
+            patch=model.patch,
+            stride=model.stride,
+            depth=model.depth,
+            width=model.width,
+            heads=model.heads,
+            dropout=model.dropout,
+        )
 
     def plan(self) -> Plan:
-        return dlinear.PLAN
+        return dlinear.PLAN if self.config.model.name == "dlinear" else patchtst.PLAN
 
     def inputs(self, batch: Batch) -> tuple[Tensor]:
         return (self.scaled(batch)[:, : self.config.model.lookback],)

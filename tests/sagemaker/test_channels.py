@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dltrain.config import Config, Data, Length, Run
+from dltrain.config import Config, Data, Length, Parallel, Run
 from dltrain.config.tree import Checkpoint, Evaluation, Source
 from dltrain.errors import UserError
 from dltrain.runtime.environment import Environment
@@ -151,6 +151,8 @@ def test_only_pipes_and_parts_are_special() -> None:
         (reading("pipe", workers=2), ONE_RANK, "only one process can read; set data.workers 0"),
         (reading("pipe", bad_samples=2), ONE_RANK, "set data.bad_samples 0"),
         (reading("pipe", tail="drop"), ONE_RANK, "set data.tail carry"),
+        (reading("pipe").replace(parallel=Parallel(tp=2)), ONE_RANK, "several ranks need the same samples"),
+        (reading("part").replace(parallel=Parallel(tp=2)), TWO_HOSTS, "'part' is ShardedByS3Key, .* set parallel.tp 1"),
         (reading("pipe", global_batch_size=6), TWO_HOSTS, "global_batch_size is 6; give a multiple of 4"),
         (
             Config(data=Data(train="/ml/pipe")),

@@ -1,0 +1,61 @@
+"""The vision transformer (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021).
+
+Tokens are averaged before the head rather than read from a class token (Beyer et al., "Better plain ViT baselines",
+2022), so that their number stays even. Register tokens (Darcet et al., ICLR 2024) take part in attention and are left
+out of the average.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dltrain.models.transformer import TENSOR, encoder
+from dltrain.parallel.plan import Plan
+
+PLAN = Plan(units=("blocks.*",), tensor=TENSOR)
+
+
+class ViT(nn.Module):
+    """Logits [n, classes] of square images [n, channels, size, size], float32; ``patch`` divides ``size``.
+
+    ``positions`` is the deviation of the position embeddings at the start.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        patch: int,
+        channels: int,
+        classes: int,
+        *,
+        depth: int = 12,
+        width: int = 192,
+        heads: int = 3,
+        registers: int = 0,
+        dropout: float = 0.0,
+        positions: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"images of {size} pixels cannot be cut into patches of {patch}")
+        self.patches = nn.Conv2d(channels, width, patch, stride=patch)
+        self.positions = nn.Parameter(torch.empty(1, (size // patch) ** 2, width))
+        self.registers = nn.Parameter(torch.empty(1, registers, width)) if registers else None
+        self.blocks = encoder(depth, width, heads, 4 * width, dropout)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+        nn.init.normal_(self.positions, std=positions)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions
+        if self.registers is not None:
+            tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        if self.registers is not None:
+            tokens = tokens[:, self.registers.shape[1] :]
+        logits: Tensor = self.head(self.norm(tokens).mean(1))
+        return logits

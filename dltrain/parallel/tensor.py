@@ -1,0 +1,54 @@
+"""Tensor parallelism (Shoeybi et al., "Megatron-LM", 2019): linear layers split over ranks with the same samples."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from dltrain.errors import UserError, nearest
+from dltrain.parallel.plan import Plan, matching
+
+_STYLES: dict[str, type[ParallelStyle]] = {"column": ColwiseParallel, "row": RowwiseParallel}
+
+
+def split(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
+    """Split the layers that the plan names, in place; the weights stay those the model has, the same on every rank.
+
+    Raises :class:`UserError` for a model whose plan splits nothing, and for a layer that the ranks do not divide.
+    """
+    if not plan.tensor:
+        raise UserError(
+            f"parallel.tp is {mesh.size()}, and the plan of {type(model).__name__} does not say how to split its "
+            "layers; name them in Plan(tensor={...}), or shard with parallel.dp_shard instead"
+        )
+    for pattern, style in plan.tensor.items():
+        if style not in _STYLES:
+            raise UserError(f"the plan splits {pattern!r} by {style!r}; {nearest(style, _STYLES)}")
+        for name, module in matching(model, pattern).items():
+            _refuse_indivisible(model, name, module, style, mesh.size())
+            parallelize_module(model, mesh, {name: _STYLES[style]()})
+
+
+def _refuse_indivisible(model: nn.Module, name: str, module: nn.Module, style: str, ranks: int) -> None:
+    if not isinstance(module, nn.Linear):
+        raise UserError(
+            f"the plan splits {name}, a {type(module).__name__}; tensor parallelism splits nn.Linear layers"
+        )
+    parent = model.get_submodule(name.rpartition(".")[0])
+    heads = getattr(parent, "heads", None)
+    if isinstance(heads, int) and heads % ranks:
+        raise UserError(
+            f"parallel.tp is {ranks} and {name.rpartition('.')[0]} has {heads} heads, which that many ranks cannot "
+            f"share; give parallel.tp one of {_divisors(heads)}, or the model a multiple of {ranks} heads"
+        )
+    size, what = (module.out_features, "outputs") if style == "column" else (module.in_features, "inputs")
+    if size % ranks:
+        raise UserError(
+            f"parallel.tp is {ranks} and {name} has {size} {what}, which that many ranks cannot share; "
+            f"give parallel.tp one of {_divisors(size)}"
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, min(number, 64) + 1) if number % divisor == 0)

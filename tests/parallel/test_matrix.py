@@ -1,0 +1,140 @@
+"""Every layout gives the numbers of one process, for every family of models."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dltrain.config import Config, load_overrides
+from dltrain.errors import UserError
+from dltrain.mesh import build_mesh
+from dltrain.models.transformer import Block
+from dltrain.parallel.plan import Plan
+from dltrain.parallel.tensor import split
+from dltrain.runtime.environment import Environment
+from dltrain.testing.ranks import run_ranks
+from tests.parallel.matrix import CPU, FAMILIES, HALF, LAYOUTS, Trained, layout, replicated, train
+
+CASES = [
+    pytest.param(family, name, marks=[pytest.mark.slow] if layout.slow else [], id=f"{family}: {name}")
+    for family in FAMILIES
+    for name, layout in LAYOUTS.items()
+]
+
+
+@cache
+def alone(family: str) -> Trained:
+    trained: Trained = run_ranks(train, 1, 1, family, {})[0]
+    return trained
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_a_layout_gives_the_numbers_of_one_process(family: str, name: str) -> None:
+    expected, layout = alone(family), LAYOUTS[name]
+    assert max(expected.norms) > 1.0  # something was clipped
+    for found in run_ranks(train, layout.ranks, layout.ranks, family, layout.overrides):
+        # fp32 noise of another order of summation: 40 times the 2.4e-7 measured for such layouts
+        assert found.losses == pytest.approx(expected.losses, abs=1e-5)
+        assert found.norms == pytest.approx(expected.norms, rel=1e-4)
+        assert found.evaluated == pytest.approx(expected.evaluated, abs=1e-4)
+        assert {name: weight.shape for name, weight in found.weights.items()} == {
+            name: weight.shape for name, weight in expected.weights.items()
+        }
+
+
+CHANGES = [
+    ("vit", "one", "tp 2", False),
+    ("vit", "tp 2", "fsdp 2", False),
+    ("vit", "fsdp 2 x tp 2", "one", False),
+    ("patchtst", "ddp 2", "fsdp 2 x tp 2", False),
+    ("patchtst", "tp 2", "ddp 2", True),
+    ("vit", "hsdp 2x2", "replicas 2 x tp 2", True),
+    ("vit", "tp 4", "tp 2", True),
+    ("patchtst", "fsdp 3, ragged", "tp 2", True),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after"),
+    [pytest.param(*case[:3], marks=[pytest.mark.slow] if case[3] else [], id=" > ".join(case[:3])) for case in CHANGES],
+)
+def test_a_checkpoint_of_any_layout_goes_on_under_any_other(
+    family: str, before: str, after: str, tmp_path: Path
+) -> None:
+    layouts, folder, expected = {"one": layout(1), **LAYOUTS}, str(tmp_path), alone(family)
+    first, second = layouts[before], layouts[after]
+    run_ranks(train, first.ranks, first.ranks, family, first.overrides, "", folder, HALF)
+    for found in run_ranks(train, second.ranks, second.ranks, family, second.overrides, folder):
+        assert found.losses == pytest.approx(expected.losses[HALF:], abs=1e-5)
+        assert found.norms == pytest.approx(expected.norms[HALF:], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"parallel.tp": 2}, {"parallel.tp": 2, "precision.compute": "bf16"}], ids=["fp32", "bf16"]
+)
+def test_ranks_that_share_layers_drop_the_same_and_stay_equal(overrides: dict[str, Any]) -> None:
+    (_, first), (_, second) = run_ranks(replicated, 2, 2, overrides)
+    assert {"positions", "norm.weight", "blocks.0.attention_norm.weight"} <= first.keys()
+    assert all(torch.equal(second[name], weight) for name, weight in first.items())
+
+
+def test_bf16_stays_near_fp32_under_split_layers() -> None:
+    for found in run_ranks(train, 2, 2, "vit", {"parallel.tp": 2, "precision.compute": "bf16"}):
+        assert found.losses == pytest.approx(alone("vit").losses, abs=3e-2)
+        assert found.losses != alone("vit").losses
+
+
+class Odd(nn.Module):
+    """Three heads, and a layer whose inputs cannot be halved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(12, 3, 30)])
+        self.head = nn.Linear(5, 4)
+        self.conv = nn.Conv1d(2, 2, 1)
+
+
+def refusal(rank: int, ranks: int, tensor: dict[str, str]) -> str:
+    config = load_overrides(Config(), {"parallel.tp": ranks})
+    mesh = build_mesh(config.parallel, Environment(rank, ranks, rank, ranks), CPU)
+    dist.barrier()  # all are connected before the first one leaves
+    with pytest.raises(UserError) as error:
+        split(Odd(), Plan(tensor=tensor), mesh.tensor_axis())
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        ({}, "the plan of Odd does not say how to split its layers"),
+        ({"blocks.*.attention.query": "column"}, "blocks.0.attention has 3 heads, .* give parallel.tp one of 1, 3"),
+        ({"head": "row"}, "head has 5 inputs, .* give parallel.tp one of 1, 5"),
+        ({"head": "columns"}, "splits 'head' by 'columns'; did you mean 'column'"),
+        ({"blocks.*.missing": "row"}, "'blocks.*.missing' matches no module of Odd"),
+        ({"conv": "row"}, "splits conv, a Conv1d"),
+    ],
+)
+def test_a_model_that_cannot_be_split_is_told_why(tensor: dict[str, str], words: str) -> None:
+    for found in run_ranks(refusal, 2, 2, tensor):
+        assert re.search(words, found), found
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tp": 3}, "parallel.tp is 3, which does not divide the 4 ranks of a node"),
+        ({"tp": 2, "dp_shard": 4}, "parallel.dp_shard is 4, which does not divide the 2 ranks"),
+        ({"tp": 2, "dp_shard": 1, "dp_replicate": 1}, "1 x parallel.dp_shard 1 x parallel.tp 2 = 2, but there are 4"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_told(settings: dict[str, Any], words: str) -> None:
+    config = load_overrides(Config(), {f"parallel.{name}": value for name, value in settings.items()})
+    with pytest.raises(UserError, match=words):
+        build_mesh(config.parallel, Environment(0, 4, 0, 4), torch.device("cpu"))
