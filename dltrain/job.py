@@ -46,6 +46,7 @@ from dltrain.runtime.stop import stop_flag
 from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
 from dltrain.task import Task
 from dltrain.trainer import Trainer
+from dltrain.verification import record_steps
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
 def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -> int:
     words, overrides = split_arguments(arguments)
     parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules[task.__module__]))
-    parser.add_argument("command", nargs="?", choices=("train", "eval"), default="train")
-    parser.add_argument("run", nargs="?", help="the run to evaluate")
+    parser.add_argument("command", nargs="?", choices=("train", "eval", "verify"), default="train")
+    parser.add_argument("run", nargs="?", help="the run to evaluate, or the folder of what verify compares")
+    parser.add_argument("--steps", type=int, default=10, help="of verify")
     parser.add_argument("--preset", default="")
     parser.add_argument("--config", type=Path)
     known = parser.parse_args(words)
@@ -146,7 +148,10 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
         config = apply_channels(recipe.configure(known.preset, overrides, known.config), read_channels())
         return train(Job(task, recipe.name, known.preset, config, environment))
     if known.run is None:
-        raise UserError("eval needs a run: eval RUN")
+        raise UserError(f"{known.command} needs a folder: {known.command} FOLDER")
+    if known.command == "verify":
+        record_steps(task, recipe.configure(known.preset, overrides), environment, Path(known.run), known.steps)
+        return 0
     run = find_run(known.run)
     record = run.read()
     config = load_overrides(from_tree(recipe.config, record["config"], str(run.record)), overrides)

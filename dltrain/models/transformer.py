@@ -28,7 +28,8 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"a width of {width} cannot be divided among {heads} heads")
         self.heads = heads
-        self._head_width, self._dropout = width // heads, dropout
+        self._head_width = width // heads
+        self.dropout = nn.Dropout(dropout)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -36,7 +37,7 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = (self._by_heads(layer(tokens)) for layer in (self.query, self.key, self.value))
-        dropout = self._dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         attended: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return attended

@@ -1,0 +1,74 @@
+"""``dltrain verify RECIPE --nproc N [--parallel.NAME value ...]``"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dltrain.cli.main import Parser
+from dltrain.config import Config, split_arguments
+from dltrain.errors import UserError
+from dltrain.recipes import declarations, find, recipe_name
+from dltrain.runtime.environment import cores
+from dltrain.runtime.launch import RECIPE, launch
+
+TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}
+"""40 times the rounding of fp32 measured over ten steps; what bf16 leaves."""
+
+_LAYOUT = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.reshard_after_forward")
+
+_WHAT = (
+    "Train a recipe for some steps on one process and under a layout, and compare losses, gradient norms and the first "
+    "step's gradients. Exit status 1 where they differ. Dropout is off and batch norm keeps its statistics."
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Record both, compare, and end with one line of JSON."""
+    words, overrides = split_arguments(arguments)
+    parser = Parser(prog="dltrain verify", description=_WHAT)
+    parser.add_argument("recipe", help="a name from `dltrain recipe ls`, or a file of yours")
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks of the layout (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="(default: %(default)s)")
+    known = parser.parse_args(words)
+    for name in ("nproc", "steps"):
+        if getattr(known, name) < 1:
+            raise UserError(f"--{name} is {getattr(known, name)}; give 1 or more")
+    config = declarations(known.recipe).configure(known.preset, overrides)
+    program, preset = [sys.executable, str(find(known.recipe)), "verify"], ["--preset", known.preset]
+    threads = config.run.threads or max(1, cores() // known.nproc)
+    whole = {"run.threads": threads, **overrides}
+    alone = {name: value for name, value in whole.items() if name not in _LAYOUT}
+    with tempfile.TemporaryDirectory(prefix="dltrain-verify-") as folder:
+        for name, settings, ranks in (("layout", whole, known.nproc), ("alone", alone, 1)):  # its refusals first
+            place = Path(folder) / name
+            place.mkdir()
+            command = [*program, str(place), "--steps", str(known.steps), *(preset if known.preset else [])]
+            command += [f"--{key}={value}" for key, value in settings.items()]
+            status = launch(command, ranks, {RECIPE: recipe_name(known.recipe)})
+            if status:
+                return status
+        return _judge(Path(folder), config, known)
+
+
+def _judge(folder: Path, config: Config, known: Any) -> int:
+    from dltrain.verification import compare, read  # imports torch
+
+    difference, tolerance = (
+        compare(read(folder / "alone"), read(folder / "layout")),
+        TOLERANCES[config.precision.compute],
+    )
+    same = difference.within(tolerance)
+    print(f"{known.recipe}: {known.steps} steps on {known.nproc} rank(s) against one process, largest differences")
+    print(f"  loss           {difference.loss:.1e}")
+    print(f"  gradient norm  {difference.norm:.1e}, relative")
+    print(f"  gradient       {difference.gradient:.1e} of the largest, at {difference.parameter}")
+    print(f"  {'the same' if same else 'NOT THE SAME'} within {tolerance:g}")
+    parts = {name: getattr(difference, name) for name in ("loss", "norm", "gradient", "parameter")}
+    print(json.dumps({"same": same, "tolerance": tolerance, **parts}), flush=True)
+    return 0 if same else 1

@@ -1,0 +1,159 @@
+"""Whether a layout changes what is learnt: a recipe's own model and data, step by step, under two layouts.
+
+Each layout's ranks train for some steps by the same loop as ever and write down losses, gradient norms and the first
+step's gradients by parameter. What is random by design is switched off: dropout and stochastic depth are 0, batch norm
+keeps its running statistics, the learning rate is constant.
+
+    record_steps(Classify, config, environment, folder, steps=10)  # on every rank, under each layout
+    difference = compare(read(first), read(second))
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dltrain import storage
+from dltrain.config import Config, Length, Schedule
+from dltrain.hooks.base import Hook, View
+from dltrain.job_data import Place, open_data, train_loader
+from dltrain.mesh import build_mesh
+from dltrain.parallel.apply import parallelize
+from dltrain.runtime.environment import Environment
+from dltrain.runtime.process_group import joined
+from dltrain.task import Task
+from dltrain.trainer import Trainer
+
+_FILE = "recorded.pt"
+
+# a gradient that is split and sharded is gathered in two steps here, once; torch warns of it on every rank
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Of every step the loss and the gradient norm; of the first step the gradients, whole, by parameter."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest differences: of losses; of norms, relative; of gradients, in units of the largest gradient.
+
+    ``parameter`` is the first, in the order of the model, whose gradient departs furthest.
+    """
+
+    loss: float
+    norm: float
+    gradient: float
+    parameter: str
+
+    def within(self, tolerance: float) -> bool:
+        """Whether losses are, and norms and gradients, which are sums of more and relative, within three times it."""
+        return self.loss <= tolerance and self.norm <= 3 * tolerance and self.gradient <= 3 * tolerance
+
+
+def record_steps(task: type[Task], config: Config, environment: Environment, folder: Path, steps: int) -> None:
+    """Train ``steps`` steps and leave what was seen in ``folder``; collective."""
+    config = config.replace(
+        run=config.run.replace(length=Length.parse(f"{steps}st")),
+        logging=config.logging.replace(every=Length.parse("1st")),
+        schedule=Schedule(name="constant"),
+    )
+    storage.configure(config.storage)
+    with joined(config, environment) as device:
+        still = _without_chance(task)(config)
+        mesh = build_mesh(config.parallel, environment, device)
+        data = open_data(config.replace(data=config.data.replace(evaluation="")), still, environment)
+        engine = parallelize(still, config, mesh, device)
+        loader = train_loader(data, Place(config, still, environment, mesh, device), folder / "quarantine")
+        seen = _Recorder()
+        Trainer(config, still, engine, loader, hooks=[seen], data_rank=mesh.data_rank).fit()
+        if environment.is_main:
+            parts = {"losses": seen.losses, "norms": seen.norms, "gradients": seen.gradients}
+            torch.save(parts, folder / _FILE)
+
+
+def read(folder: Path) -> Recorded:
+    """What :func:`record_steps` left in ``folder``."""
+    return Recorded(**torch.load(folder / _FILE, weights_only=True))
+
+
+def compare(reference: Recorded, found: Recorded) -> Difference:
+    """How far two records of the same recipe are apart."""
+    largest = max(float(gradient.abs().max()) for gradient in reference.gradients.values())
+    apart = {
+        name: float((found.gradients[name] - gradient).abs().max()) / largest
+        for name, gradient in reference.gradients.items()
+    }
+    worst = max(apart, key=lambda name: apart[name] if apart[name] == apart[name] else float("inf"))
+    pairs = list(zip(reference.norms, found.norms, strict=True))
+    return Difference(
+        loss=_largest([abs(a - b) for a, b in zip(reference.losses, found.losses, strict=True)]),
+        norm=_largest([abs(a - b) / max(abs(a), 1e-12) for a, b in pairs]),
+        gradient=apart[worst],
+        parameter=worst,
+    )
+
+
+def _largest(values: list[float]) -> float:
+    """The largest value; not a number where one of them is none."""
+    return max(values) if all(value == value for value in values) else float("nan")
+
+
+class _Recorder(Hook):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.gradients: dict[str, Tensor] = {}
+
+    def gradients_ready(self, trainer: View) -> None:
+        if trainer.step:
+            return
+        for name, parameter in trainer.engine.named_parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad
+                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                self.gradients[name] = whole.detach().float().cpu().clone()
+
+    def logged(self, trainer: View, record: dict[str, Any]) -> None:
+        self.losses.append(record["loss"])
+        self.norms.append(record["grad_norm"])
+
+
+def _without_chance(task: type[Task]) -> type[Task]:
+    """The same task, whose model does the same in every forward pass."""
+
+    class Still(task):  # type: ignore[valid-type, misc]
+        def model(self) -> nn.Module:
+            model = super().model()
+            return _stilled(model) if isinstance(model, nn.Module) else model
+
+    Still.__name__ = task.__name__
+    return Still
+
+
+def _stilled(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
+            setattr(module, "p", 0.0)  # noqa: B010  of several types
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            setattr(module, "train", MethodType(_stay, module))  # noqa: B010  a method of this one alone
+    return model
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of ``train``: the module stays in the mode it has."""
+    return module

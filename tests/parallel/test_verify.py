@@ -1,0 +1,66 @@
+"""``dltrain verify``: it passes what is the same, and names what is not."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dltrain.verification import Recorded, compare
+from tests.conftest import TINY, Cli
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("image/classify", "--preset", "vit-tiny", "--nproc", "4", "--parallel.tp", "2", "--parallel.dp_shard", "2"),
+        ("image/classify", "--preset", "digits", "--nproc", "2"),  # dropout and batch norm
+        ("timeseries/forecast", "--preset", "co2-patchtst", "--nproc", "2", "--parallel.dp_shard", "2"),
+    ],
+    ids=["fsdp 2 x tp 2", "ddp 2", "fsdp 2"],
+)
+def test_layouts_of_our_recipes_are_the_same(cli: Cli, words: tuple[str, ...], tmp_path: Path) -> None:
+    done = cli("verify", *words, "--steps", "4")
+    assert done.status == 0, done.out + done.err
+    assert done.result["same"]
+    assert 0 < done.result["loss"] + done.result["gradient"] <= 2e-5
+    assert not (tmp_path / "runs").exists()  # it leaves nothing behind
+
+
+def test_a_model_that_depends_on_the_layout_is_found(cli: Cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    text = Path(TINY).read_text()
+    head, model, rest = text.partition("    def loss(self")
+    assert model
+    spoiled = "    def loss(self" + rest.replace("return ", "return (1 + int(os.environ['RANK'])) * ", 1)
+    recipe.write_text(head + spoiled)
+    done = cli("verify", str(recipe), "--preset", "small", "--nproc", "2", "--steps", "2")
+    assert done.status == 1, done.out + done.err
+    assert "NOT THE SAME" in done.out
+    assert done.result["parameter"] in done.out
+
+
+def test_mistakes_are_one_sentence(cli: Cli) -> None:
+    for words, sentence in (
+        (("image/classify", "--steps", "0"), "--steps is 0; give 1 or more"),
+        (("image/classify", "--preset", "digits", "--parallel.tp", "2"), "does not say how to split its layers"),
+    ):
+        done = cli("verify", *words)
+        assert done.status == 2
+        assert sentence in done.err
+        assert "Traceback" not in done.err
+
+
+def test_the_parameter_that_departs_furthest_is_named() -> None:
+    first = Recorded([1.0, 0.5], [2.0, 1.0], {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([2.0])})
+    same = compare(first, first)
+    assert (same.loss, same.norm, same.gradient) == (0.0, 0.0, 0.0)
+    other = Recorded([1.0, 0.6], [2.0, 1.5], {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([3.0])})
+    found = compare(first, other)
+    assert (found.loss, found.norm, found.gradient, found.parameter) == (pytest.approx(0.1), 0.5, 0.25, "b")
+    assert found.within(0.2)
+    assert not found.within(0.15)  # the norm is more than three times that apart
+    lost = compare(first, Recorded([1.0, math.nan], [2.0, 1.0], first.gradients))
+    assert not lost.within(1.0)
