@@ -22,10 +22,19 @@ from dltrain.runtime.environment import Environment
 from dltrain.testing.ranks import run_ranks
 from tests.parallel.matrix import CPU, FAMILIES, HALF, LAYOUTS, Trained, layout, replicated, train
 
+QUICK = ("tp 2", "fsdp 2 x tp 2")
+"""Layouts that the default suite tries for every family; the others of it, which are not slow, for the first alone."""
+
+
+def marks(family: str, name: str) -> list[pytest.MarkDecorator]:
+    quick = not LAYOUTS[name].slow and (family == "vit" or name in QUICK)
+    return [] if quick else [pytest.mark.slow]
+
+
 CASES = [
-    pytest.param(family, name, marks=[pytest.mark.slow] if layout.slow else [], id=f"{family}: {name}")
+    pytest.param(family, name, marks=marks(family, name), id=f"{family}: {name}")
     for family in FAMILIES
-    for name, layout in LAYOUTS.items()
+    for name in LAYOUTS
 ]
 
 

@@ -16,10 +16,13 @@ from tests.conftest import TINY, Cli
     "words",
     [
         ("image/classify", "--preset", "vit-tiny", "--nproc", "4", "--parallel.tp", "2", "--parallel.dp_shard", "2"),
-        ("image/classify", "--preset", "digits", "--nproc", "2"),  # dropout and batch norm
-        ("timeseries/forecast", "--preset", "co2-patchtst", "--nproc", "2", "--parallel.dp_shard", "2"),
+        pytest.param(("image/classify", "--preset", "digits", "--nproc", "2"), marks=pytest.mark.slow),
+        pytest.param(
+            ("timeseries/forecast", "--preset", "co2-patchtst", "--nproc", "2", "--parallel.dp_shard", "2"),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["fsdp 2 x tp 2", "ddp 2", "fsdp 2"],
+    ids=["fsdp 2 x tp 2", "ddp 2, dropout and batch norm", "fsdp 2"],
 )
 def test_layouts_of_our_recipes_are_the_same(cli: Cli, words: tuple[str, ...], tmp_path: Path) -> None:
     done = cli("verify", *words, "--steps", "4")

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol, TypeVar
@@ -140,6 +140,7 @@ class _Process:
         self._process: SpawnProcess = context.Process(target=_serve, args=(self._theirs, work), daemon=True)
 
     def __enter__(self) -> _Process:
+        resource_tracker.ensure_running()  # which would unblock signals if it were started by the process below
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: a Ctrl-C now is for us alone
         try:
             self._process.start()
