@@ -64,6 +64,7 @@ def test_the_rooms_import_from_their_own_floor_or_below() -> None:
         "trainer": 5,
         "job": 6,
         "job_data": 6,
+        "verification": 6,
         "recipes": 6,
         "sagemaker": 6,
         "cli": 6,
