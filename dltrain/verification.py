@@ -11,6 +11,7 @@ keeps its running statistics, the learning rate is constant.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -92,12 +93,12 @@ def read(folder: Path) -> Recorded:
 
 def compare(reference: Recorded, found: Recorded) -> Difference:
     """How far two records of the same recipe are apart."""
-    largest = max(float(gradient.abs().max()) for gradient in reference.gradients.values())
+    largest = max(float(gradient.abs().max()) for gradient in reference.gradients.values()) or 1.0
     apart = {
-        name: float((found.gradients[name] - gradient).abs().max()) / largest
+        name: float((found.gradients[name] - gradient).abs().max()) / largest if name in found.gradients else math.inf
         for name, gradient in reference.gradients.items()
     }
-    worst = max(apart, key=lambda name: apart[name] if apart[name] == apart[name] else float("inf"))
+    worst = max(apart, key=lambda name: math.inf if math.isnan(apart[name]) else apart[name])
     pairs = list(zip(reference.norms, found.norms, strict=True))
     return Difference(
         loss=_largest([abs(a - b) for a, b in zip(reference.losses, found.losses, strict=True)]),
@@ -109,7 +110,7 @@ def compare(reference: Recorded, found: Recorded) -> Difference:
 
 def _largest(values: list[float]) -> float:
     """The largest value; not a number where one of them is none."""
-    return max(values) if all(value == value for value in values) else float("nan")
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 class _Recorder(Hook):

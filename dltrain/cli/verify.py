@@ -19,7 +19,7 @@ from dltrain.runtime.launch import RECIPE, launch
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}
 """40 times the rounding of fp32 measured over ten steps; what bf16 leaves."""
 
-_LAYOUT = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.reshard_after_forward")
+_ONE_PROCESS = {"parallel.dp_replicate": -1, "parallel.dp_shard": 1, "parallel.tp": 1}
 
 _WHAT = (
     "Train a recipe for some steps on one process and under a layout, and compare losses, gradient norms and the first "
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     program, preset = [sys.executable, str(find(known.recipe)), "verify"], ["--preset", known.preset]
     threads = config.run.threads or max(1, cores() // known.nproc)
     whole = {"run.threads": threads, **overrides}
-    alone = {name: value for name, value in whole.items() if name not in _LAYOUT}
+    alone = {**whole, **_ONE_PROCESS}
     with tempfile.TemporaryDirectory(prefix="dltrain-verify-") as folder:
         for name, settings, ranks in (("layout", whole, known.nproc), ("alone", alone, 1)):  # its refusals first
             place = Path(folder) / name
@@ -59,10 +59,8 @@ def run(arguments: Sequence[str]) -> int:
 def _judge(folder: Path, config: Config, known: Any) -> int:
     from dltrain.verification import compare, read  # imports torch
 
-    difference, tolerance = (
-        compare(read(folder / "alone"), read(folder / "layout")),
-        TOLERANCES[config.precision.compute],
-    )
+    difference = compare(read(folder / "alone"), read(folder / "layout"))
+    tolerance = TOLERANCES[config.precision.compute]
     same = difference.within(tolerance)
     print(f"{known.recipe}: {known.steps} steps on {known.nproc} rank(s) against one process, largest differences")
     print(f"  loss           {difference.loss:.1e}")

@@ -86,8 +86,7 @@ def decode_crop(
     The piece has ``scale`` of the area and ``ratio`` of width to height, each drawn as in Szegedy et al. (2015). A JPEG
     is decoded at a half, a quarter or an eighth where the piece still has ``size`` pixels there.
     """
-    data = bytes(_field(sample, name))
-    return guarded(sample.where, name, lambda: cut(data, choose_box(data, random, scale, ratio), size))
+    return encode_crop(sample, name, size, random, scale, ratio).decode()
 
 
 def encode_crop(

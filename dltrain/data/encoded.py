@@ -51,7 +51,7 @@ def lacks_decoder(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class EncodedCrops:
-    """A batch of them: their bytes end to end, uint8 [bytes], so that workers and pinned memory move one tensor."""
+    """A batch of them: their bytes end to end, uint8 [bytes], so that workers hand over one tensor."""
 
     data: Tensor
     crops: tuple[EncodedCrop, ...]
@@ -80,10 +80,7 @@ class EncodedCrops:
         ends = tuple(end - begin for end in self.ends[first:last])
         return EncodedCrops(self.data[begin : begin + (ends[-1] if ends else 0)], self.crops[first:last], ends)
 
-    def pin_memory(self) -> EncodedCrops:
-        return self  # nvJPEG reads them where they are
-
-    def to(self, device: torch.device, non_blocking: bool = True, decoder: Decoder | None = None) -> Tensor:
+    def to(self, device: torch.device, decoder: Decoder | None = None) -> Tensor:
         """Pixels, uint8 [n, size, size, 3], on the device. Raises :class:`BadSample` for what neither it nor the host
         can decode."""
         some = (self[first : first + _AT_ONCE] for first in range(0, len(self), _AT_ONCE))

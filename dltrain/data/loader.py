@@ -93,8 +93,8 @@ class Loader:
         """From asking for the first batch, of a fresh or a resumed run, to having it."""
         self._depth: Callable[[], int] = lambda: 0
         size = -(-global_batch_size // ranks)
-        self._fetch = Fetch(dataset, order, transform, rank, ranks, size, augment, replace=bad_samples > 0)
-        self._fetch.encoded = decode == "device" and self._device is not None and not lacks_decoder(self._device)
+        encoded = decode == "device" and self._device is not None and not lacks_decoder(self._device)
+        self._fetch = Fetch(dataset, order, transform, rank, ranks, size, augment, bad_samples > 0, encoded)
         if isinstance(dataset, Streamed):
             dataset.follow(order, node, nodes)
 

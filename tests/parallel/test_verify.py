@@ -65,5 +65,15 @@ def test_the_parameter_that_departs_furthest_is_named() -> None:
     assert (found.loss, found.norm, found.gradient, found.parameter) == (pytest.approx(0.1), 0.5, 0.25, "b")
     assert found.within(0.2)
     assert not found.within(0.15)  # the norm is more than three times that apart
+    without = compare(first, Recorded([1.0, 0.5], [2.0, 1.0], {"a": first.gradients["a"]}))
+    assert (without.gradient, without.parameter) == (math.inf, "b")
     lost = compare(first, Recorded([1.0, math.nan], [2.0, 1.0], first.gradients))
     assert not lost.within(1.0)
+
+
+def test_a_layout_that_the_recipe_itself_sets_is_compared_too(cli: Cli, tmp_path: Path) -> None:
+    text = Path(TINY).read_text()
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(text.replace("return TinyConfig(", "return TinyConfig(parallel={'dp_shard': 2}, ", 1))
+    done = cli("verify", str(recipe), "--preset", "small", "--nproc", "2", "--steps", "2")
+    assert done.status == 0, done.out + done.err
