@@ -91,18 +91,19 @@ def train(job: Job) -> int:
         place = Place(job.config, task, job.environment, mesh, device)
         data = open_data(job.config, task, job.environment)
         run: RunFolder = _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset))
+        loader = train_loader(data, place, run.quarantine)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         hooks = _hooks(job, task, run)
         trainer = Trainer(
             job.config,
             task,
-            parallelize(task, job.config, mesh, device),
-            train_loader(data, place, run.quarantine),
+            parallelize(task, job.config, mesh, device, loader.peek),
+            loader,
             evaluation=evaluation_loader(data.held_out, place) if data.held_out else None,
             checkpointer=checkpointer,
             hooks=hooks,
             stop=stop,
-            data_rank=mesh.data_rank,
+            random_stream=mesh.random_stream,
         )
         with _held(job, run):
             _resume(job, trainer, checkpointer)
@@ -119,14 +120,14 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
         mesh = build_mesh(job.config.parallel, job.environment, device)
         held_out = open_held_out(job.config, task)
         task.facts = run.read()["facts"]  # the training data's, as when it was trained
-        engine = parallelize(task, job.config, mesh, device)
-        place = Place(job.config, task, job.environment, mesh, device)
+        loader = evaluation_loader(held_out, Place(job.config, task, job.environment, mesh, device))
+        engine = parallelize(task, job.config, mesh, device, loader.peek)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         path = checkpointer.best() or checkpointer.latest()
         if path is None:
             raise UserError(f"the run {run.path} has no checkpoint to evaluate")
         state = checkpointer.load(path, engine)
-        metric = evaluate(engine, task, evaluation_loader(held_out, place))
+        metric = evaluate(engine, task, loader)
         facts = _report_facts(run, state["step"], path, job.config)
         target = write_report(metric, run.report, facts, job.environment)
         if job.environment.is_main:

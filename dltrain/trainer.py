@@ -12,6 +12,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dltrain.checkpoint.checkpointer import Checkpointer
 from dltrain.config import Config, Length
@@ -51,14 +52,14 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         hooks: Iterable[Hook] = (),
         stop: StopFlag | None = None,
-        data_rank: int = 0,
+        random_stream: int = 0,
     ) -> None:
         self.config, self.task, self.engine, self.loader = config, task, engine, loader
         self.evaluation, self.checkpointer = evaluation, checkpointer
         self.hooks = list(hooks)
         self._listeners = {event: [h for h in self.hooks if _overrides(h, event)] for event in EVENTS}
         self._stop = StopFlag() if stop is None else stop
-        self._data_rank = data_rank
+        self._random_stream = random_stream
         self.step, self.scores, self.status = 0, {}, "new"
         self.best: dict[str, Any] | None = None
         self._evaluation_left = False
@@ -112,7 +113,7 @@ class Trainer:
 
         gradient = d/dw (sum of weight x loss) / (sum of weight x count), both over all ranks and samples
         """
-        seed_all(step_key(self.config.run.seed, self.step, self._data_rank), self.engine.device)
+        seed_all(step_key(self.config.run.seed, self.step, self._random_stream), self.engine.device)
         previous, self._position = self._position, self.position
         self._tell("step_start", batch)
         self._request_from_here()
@@ -199,7 +200,7 @@ class Trainer:
             self.evaluate()
         batches = iter(self.loader)
         if not self._finished():
-            seed_all(step_key(self.config.run.seed, self.step, self._data_rank), self.engine.device)
+            seed_all(step_key(self.config.run.seed, self.step, self._random_stream), self.engine.device)
             self.engine.settle(self.loader.peek)
         self._since = time.monotonic()
         self._meter.restart()
@@ -214,7 +215,7 @@ class Trainer:
         """This rank's wishes: a signal's, and on rank 0 the clock's."""
         if self._stop:
             self._requests |= Request.STOP
-        if not self._timed or self._data_rank or not self.engine.counts:
+        if not self._timed or (dist.is_initialized() and dist.get_rank()):
             return
         elapsed = self._elapsed + time.monotonic() - self._since
         for request, interval in self._timed:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dltrain import storage
@@ -33,7 +32,8 @@ from dltrain.runtime.process_group import joined
 from dltrain.task import Task
 from dltrain.trainer import Trainer
 
-_FILE = "recorded.pt"
+_FILE = "recorded-{}.pt"
+"""Of each part of a pipeline."""
 
 # a gradient that is split and sharded is gathered in two steps here, once; torch warns of it on every rank
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -77,18 +77,20 @@ def record_steps(task: type[Task], config: Config, environment: Environment, fol
         still = _without_chance(task)(config)
         mesh = build_mesh(config.parallel, environment, device)
         data = open_data(config.replace(data=config.data.replace(evaluation="")), still, environment)
-        engine = parallelize(still, config, mesh, device)
         loader = train_loader(data, Place(config, still, environment, mesh, device), folder / "quarantine")
+        engine = parallelize(still, config, mesh, device, loader.peek)
         seen = _Recorder()
-        Trainer(config, still, engine, loader, hooks=[seen], data_rank=mesh.data_rank).fit()
-        if environment.is_main:
+        Trainer(config, still, engine, loader, hooks=[seen], random_stream=mesh.random_stream).fit()
+        if mesh.first_of_part:
             parts = {"losses": seen.losses, "norms": seen.norms, "gradients": seen.gradients}
-            torch.save(parts, folder / _FILE)
+            torch.save(parts, folder / _FILE.format(mesh.pp_rank))
 
 
 def read(folder: Path) -> Recorded:
     """What :func:`record_steps` left in ``folder``."""
-    return Recorded(**torch.load(folder / _FILE, weights_only=True))
+    parts = [torch.load(file, weights_only=True) for file in sorted(folder.glob(_FILE.format("*")))]
+    gradients = {name: gradient for part in parts for name, gradient in part["gradients"].items()}
+    return Recorded(parts[0]["losses"], parts[0]["norms"], gradients)
 
 
 def compare(reference: Recorded, found: Recorded) -> Difference:
@@ -122,11 +124,8 @@ class _Recorder(Hook):
     def gradients_ready(self, trainer: View) -> None:
         if trainer.step:
             return
-        for name, parameter in trainer.engine.named_parameters():
-            if parameter.grad is not None:
-                grad = parameter.grad
-                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-                self.gradients[name] = whole.detach().float().cpu().clone()
+        for name, gradient in trainer.engine.gradients():
+            self.gradients[name] = gradient.detach().cpu().clone()
 
     def logged(self, trainer: View, record: dict[str, Any]) -> None:
         self.losses.append(record["loss"])

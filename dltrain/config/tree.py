@@ -207,10 +207,19 @@ class Parallel(Section):
     """Ranks that share one sharded copy (FSDP2); -1 takes the ranks that are left, 1 is DDP."""
     tp: int = Field(default=1, ge=1)
     """Ranks that share each layer of the model, where its plan says how, and read the same samples."""
+    pp: int = Field(default=1, ge=1)
+    """Parts of a pipeline: the model is cut where its plan says how, and each part of the ranks has its stages."""
+    schedule: Literal[
+        "gpipe", "1f1b", "looped_bfs", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v"
+    ] = "1f1b"
+    """In which order a pipeline takes its micro-batches through its stages."""
+    stages_per_rank: int = NotNegative
+    """Stages on each rank of a pipeline; 0 takes 1 for gpipe and 1f1b, 2 for the others."""
     reshard_after_forward: bool = True
     """Free gathered parameters after the forward pass (ZeRO-3) or keep them for the backward pass (ZeRO-2)."""
     micro_batch: int = NotNegative
-    """Most samples per rank in one forward pass; gradients accumulate over the rest. 0 takes all at once."""
+    """Most samples per rank in one forward pass; gradients accumulate over the rest. 0 takes all at once, and in a
+    pipeline as many micro-batches as it has stages, at least twice `pp`."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
 

@@ -52,8 +52,22 @@ class Batch:
             encoded = {name: crops[part] for name, crops in self.encoded.items()}
             yield Batch(fields, self.weight[part], self.keys[part], self.position[part], encoded=encoded)
 
+    def padded(self, samples: int) -> Batch:
+        """The same batch with its first sample added, at weight 0, until there are so many; images are decoded."""
+        missing = samples - len(self)
+        if not missing:
+            return self
+        fields = {name: _filled(value, missing) for name, value in self.fields.items()}
+        weight = torch.cat([self.weight, self.weight.new_zeros(missing)])
+        position = torch.cat([self.position, self.position.new_full((missing,), -1)])
+        return Batch(fields, weight, (*self.keys, *self.keys[:1] * missing), position)
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's loader calls this)."""
         return replace(
             self, fields={k: v.pin_memory() for k, v in self.fields.items()}, weight=self.weight.pin_memory()
         )
+
+
+def _filled(value: Tensor, missing: int) -> Tensor:
+    return torch.cat([value, value[:1].expand(missing, *value.shape[1:])])

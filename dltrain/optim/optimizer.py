@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -15,16 +15,17 @@ from dltrain.config import Optim
 from dltrain.errors import UserError
 
 
-def build_optimizer(model: nn.Module, config: Optim) -> Optimizer:
-    """An optimizer over the trained parameters of ``model``.
+def build_optimizer(model: nn.Module, config: Optim, names: Sequence[str] | None = None) -> Optimizer:
+    """An optimizer over the trained parameters of ``model``; ``names`` are those of the whole, where it is a part.
 
     Parameters of fewer than two dimensions (biases, scales of norms) and those that match ``config.no_decay`` are left
     without decay. The fused form is what lets a step with a non-finite gradient be skipped on the device.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not named:
+    names = [name for name, _ in named] if names is None else names
+    if not names:
         raise UserError("the model has no parameter to train: all are frozen")
-    _check_patterns(config.no_decay, [name for name, _ in named])
+    _check_patterns(config.no_decay, names)
     groups = [
         {"params": [p for n, p in named if _decays(n, p, config)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not _decays(n, p, config)], "weight_decay": 0.0},
@@ -72,7 +73,7 @@ def _decays(name: str, parameter: Any, config: Optim) -> bool:
     return parameter.dim() >= 2 and not any(fnmatch(name, pattern) for pattern in config.no_decay)
 
 
-def _check_patterns(patterns: Iterable[str], names: list[str]) -> None:
+def _check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
             raise UserError(f"optim.no_decay has {pattern!r}, which matches no parameter, such as {names[0]!r}")

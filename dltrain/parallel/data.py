@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from inspect import signature
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dltrain.config import Config
 from dltrain.mesh import Mesh
-from dltrain.parallel.plan import Plan
 
 
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
@@ -26,18 +26,23 @@ def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)
 
 
-def shard(model: nn.Module, plan: Plan, mesh: Mesh, config: Config) -> nn.Module:
-    """FSDP2: shards every unit of the plan, then what is left with the root. Keeps the weights the model has."""
+def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Config) -> nn.Module:
+    """FSDP2: shards every unit, then what is left with the root. Keeps the weights the model has.
+
+    In a pipeline parameters stay gathered until the step's last backward pass, as in ZeRO-2: each piece would gather
+    them anew.
+    """
     compute = torch.bfloat16 if config.precision.compute == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     if compute is not None:
         _keep_batch_norm_in_fp32(model, mesh, compute)
-    for unit in plan.modules(model):
+    reshard = config.parallel.reshard_after_forward and mesh.pp == 1
+    for unit in units:
         fully_shard(
             unit,
             mesh=mesh.shard_axes(),
             mp_policy=policy,
-            reshard_after_forward=config.parallel.reshard_after_forward,
+            reshard_after_forward=reshard,
         )
     fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy)
     return model
@@ -52,16 +57,17 @@ def _keep_batch_norm_in_fp32(model: nn.Module, mesh: Mesh, compute: torch.dtype)
 
 
 class BufferSync:
-    """Gives every rank rank 0's floating-point buffers (running statistics of norms), packed into one broadcast.
+    """Gives every rank of ``group`` its first rank's floating-point buffers (running statistics of norms), packed into
+    one broadcast; ``None`` is this process alone.
 
     With ``undo`` the buffers of a step whose gradient norm is not finite are put back to those of the step before.
     """
 
-    def __init__(self, model: nn.Module, undo: bool = False) -> None:
-        self._shared = dist.is_initialized() and dist.get_world_size() > 1
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, undo: bool = False) -> None:
+        self._group = group
         self._undo = undo
         buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self._buffers = buffers if self._shared or undo else []
+        self._buffers = buffers if group is not None or undo else []
         self._last = self._packed() if self._buffers else None
 
     @torch.no_grad()
@@ -71,8 +77,8 @@ class BufferSync:
         packed = self._packed()
         if self._undo:
             packed = torch.where(norm.isfinite(), packed, self._last)
-        if self._shared:
-            dist.broadcast(packed, src=0)
+        if self._group is not None:
+            dist.broadcast(packed, group=self._group, group_src=0)
         parts = torch.split(packed, [buffer.numel() for buffer in self._buffers])
         torch._foreach_copy_(self._buffers, [p.view_as(b) for p, b in zip(parts, self._buffers, strict=True)])
         self._last = packed

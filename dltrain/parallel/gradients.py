@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,37 +16,63 @@ def gradients_of(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def global_norm(gradients: list[Tensor]) -> Tensor:
+class Norm:
     """The 2-norm over all gradients of the model, a float32 scalar equal on every rank.
 
-    Gradients on one mesh with one placement form a group: their squares are summed locally, then over the mesh axes
-    they are sharded on; plain tensors are whole on every rank. torch's own function fails on mixed meshes.
+    Gradients on one mesh with one placement form a group: their squares are summed over the mesh axes they are sharded
+    on; plain tensors are whole on every rank. torch's own function fails on mixed meshes. In a ``pipeline`` every rank
+    has some of the model's parameters, those at ``places`` of ``total``: their norms are put together in the order of
+    the model, so that the sum is that of one process to the last bit.
     """
-    groups: dict[object, list[Tensor]] = {}
-    for gradient in gradients:
-        key = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
-        groups.setdefault(key, []).append(gradient)
-    norms = [_group_norm(group) for group in groups.values()]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    def __init__(self, places: Sequence[int], total: int, device: torch.device, pipeline: dist.ProcessGroup | None):
+        self._places, self._total, self._device = torch.tensor(places, dtype=torch.long, device=device), total, device
+        self._pipeline = pipeline
+
+    def __call__(self, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+        """Of the parameters' gradients; collective. A parameter without one counts nothing."""
+        norms = norms_of(gradients_of(parameters))
+        if self._pipeline is None:
+            return torch.linalg.vector_norm(torch.stack(norms))
+        nothing = torch.zeros((), device=self._device)
+        found = iter(norms)
+        mine = [nothing if parameter.grad is None else next(found) for parameter in parameters]
+        everywhere = torch.zeros(self._total, device=self._device)
+        if mine:
+            everywhere[self._places] = torch.stack(mine)
+        dist.all_reduce(everywhere, group=self._pipeline)
+        return torch.linalg.vector_norm(everywhere)
+
+
+def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norm of each gradient as a whole, float32 scalars; collective."""
+    if not gradients:
+        return []
+    norms = list(torch._foreach_norm([_local(gradient) for gradient in gradients], 2.0, dtype=torch.float32))
+    groups: dict[tuple[Any, Any], list[int]] = {}
+    for place, gradient in enumerate(gradients):
+        if isinstance(gradient, DTensor):
+            groups.setdefault((gradient.device_mesh, gradient.placements), []).append(place)
+    for (mesh, placements), places in groups.items():
+        square = torch.stack([norms[place] for place in places]).square()
+        for axis, placement in enumerate(placements):
+            if not placement.is_replicate():  # Shard, or the kind that FSDP2 makes of layers that are split already
+                dist.all_reduce(square, group=mesh.get_group(axis))
+        for place, norm in zip(places, square.sqrt().unbind(), strict=True):
+            norms[place] = norm
+    return norms
 
 
 def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale gradients in place so that their norm is at most ``max_norm``; never looks at a value on the host."""
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
+    if gradients:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
 
 
-def _group_norm(group: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm([_local(gradient) for gradient in group], 2.0, dtype=torch.float32)
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    first = group[0]
-    if not isinstance(first, DTensor):
-        return norm
-    square = norm.square()
-    for axis, placement in enumerate(first.placements):
-        if not placement.is_replicate():  # Shard, or the kind that FSDP2 makes of layers that are split already
-            dist.all_reduce(square, group=first.device_mesh.get_group(axis))
-    return square.sqrt()
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor in one piece; collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -24,10 +24,16 @@ class Plan:
     Each module of ``units`` is one unit, the rest belong to the root. ``tensor`` splits linear layers: ``column`` by
     outputs, which leaves each rank its part of the activations, and ``row`` by inputs, which adds the parts up again.
     A column comes before a row, and what lies between works on any part, such as whole attention heads.
+
+    ``chain`` is the model's forward as modules called one after another, each on what the one before returned (a tensor
+    or a tuple of them), the first on the model's inputs. A pipeline may be cut between any two. Those that are in
+    ``with_inputs``, too, are given the model's inputs as well, after what comes before them.
     """
 
     units: tuple[str, ...] = ()
     tensor: Mapping[str, str] = field(default_factory=dict)
+    chain: tuple[str, ...] = ()
+    with_inputs: tuple[str, ...] = ()
 
     @classmethod
     def auto(cls, model: nn.Module) -> Plan:
@@ -50,12 +56,15 @@ class Plan:
         return [found[name] for name in sorted(found, key=lambda name: -name.count("."))]
 
 
-def matching(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
-    """Modules with parameters whose names match. Raises :class:`UserError` where there is none."""
+def matching(model: nn.Module, pattern: str, bare: bool = False) -> dict[str, nn.Module]:
+    """Modules with parameters, or with ``bare`` any modules, whose names match, in the order of the model.
+
+    Raises :class:`UserError` where there is none.
+    """
     matched = {
         name: module
-        for name, module in model.named_modules()
-        if name.count(".") == pattern.count(".") and fnmatchcase(name, pattern) and _has_parameters(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name.count(".") == pattern.count(".") and fnmatchcase(name, pattern) and (bare or _has_parameters(module))
     }
     if not matched:
         raise UserError(f"the plan's pattern {pattern!r} matches no module of {type(model).__name__}")

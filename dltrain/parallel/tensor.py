@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -12,25 +15,40 @@ from dltrain.parallel.plan import Plan, matching
 _STYLES: dict[str, type[ParallelStyle]] = {"column": ColwiseParallel, "row": RowwiseParallel}
 
 
-def split(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
-    """Split the layers that the plan names, in place; the weights stay those the model has, the same on every rank.
+@dataclass(frozen=True)
+class Split:
+    """A layer and how it is split, "column" or "row"."""
 
-    Raises :class:`UserError` for a model whose plan splits nothing, and for a layer that the ranks do not divide.
+    layer: nn.Linear
+    style: str
+
+
+def splits_of(model: nn.Module, plan: Plan, ranks: int) -> list[Split]:
+    """What the plan splits over so many ranks; nothing is changed.
+
+    Raises :class:`UserError` for a plan that splits nothing, and for a layer that the ranks do not divide.
     """
     if not plan.tensor:
         raise UserError(
-            f"parallel.tp is {mesh.size()}, and the plan of {type(model).__name__} does not say how to split its "
+            f"parallel.tp is {ranks}, and the plan of {type(model).__name__} does not say how to split its "
             "layers; name them in Plan(tensor={...}), or shard with parallel.dp_shard instead"
         )
+    found = []
     for pattern, style in plan.tensor.items():
         if style not in _STYLES:
             raise UserError(f"the plan splits {pattern!r} by {style!r}; {nearest(style, _STYLES)}")
         for name, module in matching(model, pattern).items():
-            _refuse_indivisible(model, name, module, style, mesh.size())
-            parallelize_module(model, mesh, {name: _STYLES[style]()})
+            found.append(Split(_divisible(model, name, module, style, ranks), style))
+    return found
 
 
-def _refuse_indivisible(model: nn.Module, name: str, module: nn.Module, style: str, ranks: int) -> None:
+def split(splits: Iterable[Split], mesh: DeviceMesh) -> None:
+    """Split the layers in place; the weights stay those the model has, the same on every rank."""
+    for each in splits:
+        parallelize_module(each.layer, mesh, _STYLES[each.style]())
+
+
+def _divisible(model: nn.Module, name: str, module: nn.Module, style: str, ranks: int) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise UserError(
             f"the plan splits {name}, a {type(module).__name__}; tensor parallelism splits nn.Linear layers"
@@ -48,6 +66,7 @@ def _refuse_indivisible(model: nn.Module, name: str, module: nn.Module, style: s
             f"parallel.tp is {ranks} and {name} has {size} {what}, which that many ranks cannot share; "
             f"give parallel.tp one of {_divisors(size)}"
         )
+    return module
 
 
 def _divisors(number: int) -> str:

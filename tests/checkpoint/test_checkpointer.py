@@ -16,7 +16,7 @@ from dltrain.config import Config, load_overrides
 from dltrain.errors import UserError
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
-from dltrain.parallel.engine import PlainEngine
+from dltrain.parallel.plain import PlainEngine
 from dltrain.runtime.environment import Environment
 from dltrain.testing.ranks import run_ranks
 from tests.parallel.test_engine import Regression, engine_for, share_of

@@ -62,6 +62,21 @@ LAYOUTS = {
     "fsdp 2 x tp 2, micro-batches": layout(4, slow=True, dp_shard=2, tp=2, micro_batch=2),
     "replicas 2 x tp 2": layout(4, dp_replicate=2, tp=2),
     "hsdp 2x2 x tp 2": layout(8, slow=True, dp_shard=2, dp_replicate=2, tp=2),
+    "pp 2, gpipe": layout(2, slow=True, pp=2, schedule="gpipe"),
+    "pp 2, 1f1b": layout(2, pp=2),
+    "pp 4, 1f1b": layout(4, slow=True, pp=4, micro_batch=2),
+    "pp 2, looped bfs": layout(2, slow=True, pp=2, schedule="looped_bfs"),
+    "pp 2, interleaved 1f1b": layout(2, pp=2, schedule="interleaved_1f1b", micro_batch=3),
+    "pp 2, zero bubble": layout(2, slow=True, pp=2, schedule="interleaved_zero_bubble"),
+    "pp 2, zb-v": layout(2, pp=2, schedule="zbv_zero_bubble"),
+    "pp 2, dualpipe v": layout(2, slow=True, pp=2, schedule="dualpipe_v", micro_batch=2),
+    "pp 2 x fsdp 2": layout(4, slow=True, pp=2, dp_shard=2),
+    "pp 2 x fsdp 2, zb-v": layout(4, pp=2, dp_shard=2, schedule="zbv_zero_bubble"),
+    "pp 2 x replicas 2": layout(4, slow=True, pp=2, dp_replicate=2),
+    "pp 2 x tp 2": layout(4, slow=True, pp=2, tp=2),
+    "pp 2 x tp 2, zero bubble": layout(4, slow=True, pp=2, tp=2, schedule="interleaved_zero_bubble"),
+    "pp 2 x fsdp 2 x tp 2": layout(8, slow=True, pp=2, dp_shard=2, tp=2),
+    "pp 2 x fsdp 2 x tp 2, zb-v": layout(8, slow=True, pp=2, dp_shard=2, tp=2, schedule="zbv_zero_bubble"),
 }
 
 
@@ -134,12 +149,15 @@ def build(family: str, rank: int, ranks: int, overrides: dict[str, Any]) -> tupl
     config = load_overrides(Config(), {"optim.learning_rate": 0.003, **overrides})
     task = FAMILIES[family][0](config)
     mesh = build_mesh(config.parallel, Environment(rank, ranks, rank, ranks), CPU)
-    return task, mesh, parallelize(task, config, mesh, CPU)
+    return task, mesh, parallelize(task, config, mesh, CPU, lambda: share_of(family, 0, 0, 1))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run gave: of every step the loss and the norm; weights at the end; losses of samples held out."""
+    """What a run gave: of every step the loss and the norm; weights at the end; losses of samples held out.
+
+    Of a pipeline, ranks have the weights of their part, and those of the last stage what was evaluated.
+    """
 
     losses: list[float]
     norms: list[float]
@@ -178,7 +196,7 @@ def replicated(rank: int, ranks: int, overrides: dict[str, Any]) -> tuple[int, d
     """A ViT trained with dropout under the trainer's seeds: the data rank, and the weights that are whole here."""
     config = load_overrides(Config(), overrides)
     mesh = build_mesh(config.parallel, Environment(rank, ranks, rank, ranks), CPU)
-    engine = parallelize(Dropping(config), config, mesh, CPU)
+    engine = parallelize(Dropping(config), config, mesh, CPU, lambda: share_of("vit", 0, 0, 1))
     for step in range(3):
         seed_all(step_key(0, step, mesh.data_rank), CPU)
         engine.forward_backward(share_of("vit", step, mesh.data_rank, mesh.data_ranks), torch.tensor(10.0))

@@ -18,7 +18,7 @@ from dltrain.mesh import build_mesh
 from dltrain.models.vision import small_cnn
 from dltrain.models.vision.small_cnn import SmallCNN
 from dltrain.parallel.apply import parallelize
-from dltrain.parallel.engine import PlainEngine
+from dltrain.parallel.plain import PlainEngine
 from dltrain.parallel.plan import Plan
 from dltrain.readings import Readings
 from dltrain.runtime.environment import Environment

@@ -15,9 +15,44 @@ from torch.nn import functional as F
 from dltrain.models.transformer import TENSOR, encoder
 from dltrain.parallel.plan import Plan
 
-PLAN = Plan(units=("blocks.*",), tensor=TENSOR)
+PLAN = Plan(units=("blocks.*",), tensor=TENSOR, chain=("embed", "blocks.*", "head"), with_inputs=("head",))
 
 _LEAST_DEVIATION = 1e-5
+
+
+class Embedding(nn.Module):
+    """Tokens [n x channels, patches, width] of pasts [n, lookback, channels], each standardised."""
+
+    def __init__(self, lookback: int, patch: int, stride: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self._patch, self._stride = patch, stride
+        self.patches = nn.Linear(patch, width)
+        self.positions = nn.Parameter(torch.empty(1, patches_of(lookback, patch, stride), width))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, past: Tensor) -> Tensor:
+        mean, deviation = _statistics(past)
+        series = ((past - mean) / deviation).transpose(1, 2)  # [n, channels, lookback]
+        padded = F.pad(series, (0, self._stride), mode="replicate")
+        tokens = self.patches(padded.unfold(2, self._patch, self._stride)).flatten(0, 1) + self.positions
+        dropped: Tensor = self.dropout(tokens)
+        return dropped
+
+
+class Head(nn.Module):
+    """Forecasts [n, horizon, channels] in the units of the past, which it is given beside the tokens."""
+
+    def __init__(self, patches: int, width: int, horizon: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(patches * width, horizon)
+
+    def forward(self, tokens: Tensor, past: Tensor) -> Tensor:
+        mean, deviation = _statistics(past)
+        future = self.out(self.norm(tokens).flatten(1)).unflatten(0, (len(past), past.shape[2]))
+        forecast: Tensor = future.transpose(1, 2) * deviation + mean
+        return forecast
 
 
 class PatchTST(nn.Module):
@@ -42,25 +77,24 @@ class PatchTST(nn.Module):
         super().__init__()
         if lookback < patch:
             raise ValueError(f"a lookback of {lookback} steps is shorter than a patch of {patch}")
-        count = (lookback + stride - patch) // stride + 1
-        self._patch, self._stride = patch, stride
-        self.patches = nn.Linear(patch, width)
-        self.positions = nn.Parameter(torch.empty(1, count, width))
-        self.dropout = nn.Dropout(dropout)
+        self.embed = Embedding(lookback, patch, stride, width, dropout)
         self.blocks = encoder(depth, width, heads, 2 * width, dropout)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(count * width, horizon)
-        nn.init.normal_(self.positions, std=0.02)
+        self.head = Head(patches_of(lookback, patch, stride), width, horizon)
 
     def forward(self, past: Tensor) -> Tensor:
-        mean = past.mean(1, keepdim=True)
-        deviation = past.std(1, keepdim=True, unbiased=False).clamp(min=_LEAST_DEVIATION)
-        series = ((past - mean) / deviation).transpose(1, 2)  # [n, channels, lookback]
-        padded = F.pad(series, (0, self._stride), mode="replicate")
-        tokens = self.patches(padded.unfold(2, self._patch, self._stride)).flatten(0, 1) + self.positions
-        tokens = self.dropout(tokens)
+        tokens = self.embed(past)
         for block in self.blocks:
             tokens = block(tokens)
-        future = self.head(self.norm(tokens).flatten(1)).unflatten(0, series.shape[:2])
-        forecast: Tensor = future.transpose(1, 2) * deviation + mean
+        forecast: Tensor = self.head(tokens, past)
         return forecast
+
+
+def patches_of(lookback: int, patch: int, stride: int) -> int:
+    """How many patches there are, the one that repeats the last value among them."""
+    return (lookback + stride - patch) // stride + 1
+
+
+def _statistics(past: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, [n, 1, channels]."""
+    deviation = past.std(1, keepdim=True, unbiased=False).clamp(min=_LEAST_DEVIATION)
+    return past.mean(1, keepdim=True), deviation

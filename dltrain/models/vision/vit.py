@@ -13,7 +13,42 @@ from torch import Tensor, nn
 from dltrain.models.transformer import TENSOR, encoder
 from dltrain.parallel.plan import Plan
 
-PLAN = Plan(units=("blocks.*",), tensor=TENSOR)
+PLAN = Plan(units=("blocks.*",), tensor=TENSOR, chain=("embed", "blocks.*", "head"))
+
+
+class Embedding(nn.Module):
+    """Tokens [n, registers + patches, width] of images."""
+
+    def __init__(self, size: int, patch: int, channels: int, width: int, registers: int, positions: float) -> None:
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"images of {size} pixels cannot be cut into patches of {patch}")
+        self.patches = nn.Conv2d(channels, width, patch, stride=patch)
+        self.positions = nn.Parameter(torch.empty(1, (size // patch) ** 2, width))
+        self.registers = nn.Parameter(torch.empty(1, registers, width)) if registers else None
+        nn.init.normal_(self.positions, std=positions)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.patches(images).flatten(2).transpose(1, 2) + self.positions
+        if self.registers is not None:
+            tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], dim=1)
+        return tokens
+
+
+class Head(nn.Module):
+    """Logits [n, classes] of the average token; the first ``registers`` are left out."""
+
+    def __init__(self, width: int, classes: int, registers: int) -> None:
+        super().__init__()
+        self._registers = registers
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.norm(tokens[:, self._registers :]).mean(1))
+        return logits
 
 
 class ViT(nn.Module):
@@ -37,25 +72,13 @@ class ViT(nn.Module):
         positions: float = 0.02,
     ) -> None:
         super().__init__()
-        if size % patch:
-            raise ValueError(f"images of {size} pixels cannot be cut into patches of {patch}")
-        self.patches = nn.Conv2d(channels, width, patch, stride=patch)
-        self.positions = nn.Parameter(torch.empty(1, (size // patch) ** 2, width))
-        self.registers = nn.Parameter(torch.empty(1, registers, width)) if registers else None
+        self.embed = Embedding(size, patch, channels, width, registers, positions)
         self.blocks = encoder(depth, width, heads, 4 * width, dropout)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
-        nn.init.normal_(self.positions, std=positions)
-        if self.registers is not None:
-            nn.init.normal_(self.registers, std=0.02)
+        self.head = Head(width, classes, registers)
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions
-        if self.registers is not None:
-            tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = self.embed(images)
         for block in self.blocks:
             tokens = block(tokens)
-        if self.registers is not None:
-            tokens = tokens[:, self.registers.shape[1] :]
-        logits: Tensor = self.head(self.norm(tokens).mean(1))
+        logits: Tensor = self.head(tokens)
         return logits

@@ -1,0 +1,131 @@
+"""Cutting a model into stages, where its plan says that its forward is a chain of modules.
+
+Every rank builds the whole model and keeps the modules of its own stages; the others leave an :class:`Absent` under
+their name, so that every parameter keeps the name it has in the whole model, which checkpoints and hooks go by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from dltrain.errors import UserError
+from dltrain.parallel.plan import Plan, matching
+
+
+@dataclass(frozen=True)
+class Link:
+    """One module of the chain; ``again``: it is given the model's inputs, too, after what comes before it."""
+
+    name: str
+    module: nn.Module
+    again: bool
+
+
+class Stage(nn.Module):
+    """Some links in a row: what the last stage returned, or the model's inputs, to what the next stage is given."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        super().__init__()
+        self.links = nn.ModuleList(link.module for link in links)
+        self._again = [link.again for link in links]
+
+    def forward(self, values: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
+        for link, again in zip(self.links, self._again, strict=True):
+            returned = link(*values, *(inputs if again else ()))
+            values = returned if isinstance(returned, tuple) else (returned,)
+        return returned
+
+
+class Absent(nn.Module):
+    """Stands where a module of another stage is in the whole model."""
+
+
+def chain(model: nn.Module, plan: Plan) -> list[Link]:
+    """The links of the model in their order.
+
+    Raises :class:`UserError` for a plan without a chain, one that matches nothing, and one that leaves parameters out
+    or takes them twice.
+    """
+    if not plan.chain:
+        raise UserError(
+            f"the plan of {type(model).__name__} does not say how to cut it into stages; name the modules that its "
+            "forward calls one after another in Plan(chain=(...)), or give parallel.pp 1"
+        )
+    links = [
+        Link(name, module, pattern in plan.with_inputs)
+        for pattern in plan.chain
+        for name, module in matching(model, pattern, bare=True).items()
+    ]
+    for pattern in plan.with_inputs:
+        if pattern not in plan.chain:
+            raise UserError(f"the plan gives inputs to {pattern!r}, which is not in its chain")
+    _refuse_gaps(model, links)
+    return links
+
+
+def costs_of(model: nn.Module, links: Sequence[Link], inputs: tuple[Any, ...]) -> list[int]:
+    """Floating-point operations of each link in a forward pass of ``inputs``, counted without computing any.
+
+    At least 1 each, so that links without matrix products are shared out as well.
+    """
+    twin = deepcopy(model).to("meta").eval()
+    moved = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, inputs)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        twin(*moved)
+    counted = counter.get_flop_counts()
+    prefix = type(twin).__name__
+    return [1 + sum(counted.get(f"{prefix}.{link.name}", {}).values()) for link in links]
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[range]:
+    """Consecutive parts, none empty, whose largest sum is as small as can be; the first such cut from the left."""
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[k][n]: smallest largest sum of the first n links in k + 1 parts, and where the last part begins
+    best = [[(sums[end], 0) for end in range(len(sums))]]
+    for part in range(1, parts):
+        row = [(float("inf"), 0)] * len(sums)
+        for end in range(part + 1, len(sums)):
+            row[end] = min((max(best[-1][start][0], sums[end] - sums[start]), start) for start in range(part, end))
+        best.append(row)
+    cuts, end = [], len(costs)
+    for row in reversed(best):
+        cuts.append(range(row[end][1], end))
+        end = row[end][1]
+    return cuts[::-1]
+
+
+def keep(model: nn.Module, links: Sequence[Link], mine: Sequence[Link]) -> None:
+    """Leave ``mine`` alone of all links in ``model``, in place."""
+    kept = {link.name for link in mine}
+    for link in links:
+        if link.name not in kept:
+            model.set_submodule(link.name, Absent())
+
+
+def _refuse_gaps(model: nn.Module, links: Sequence[Link]) -> None:
+    """Every parameter and buffer belongs to one link."""
+    owner: dict[int, str] = {}
+    for link in links:
+        for tensor in (*link.module.parameters(), *link.module.buffers()):
+            other = owner.setdefault(id(tensor), link.name)
+            if other != link.name:
+                raise UserError(
+                    f"{other} and {link.name} of {type(model).__name__} share a weight, and stages of a pipeline "
+                    "cannot; give parallel.pp 1, or the two weights of their own"
+                )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in owner:
+            raise UserError(
+                f"the plan's chain leaves out {name} of {type(model).__name__}; move it into one of "
+                f"{', '.join(link.name for link in links[:3])}, ... or add its module to the chain"
+            )

@@ -1,0 +1,100 @@
+"""The engine of layouts in which every rank runs the whole forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dltrain.config import Config
+from dltrain.data.batch import Batch
+from dltrain.mesh import Mesh
+from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
+from dltrain.parallel.update import Updating, trained
+from dltrain.task import Loss, Task
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class PlainEngine(Updating):
+    """One process, DDP, FSDP2 or HSDP, with split layers or without: ``wrapped`` is ``model`` as those have it."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        wrapped: nn.Module,
+        optimizer: Optimizer,
+        config: Config,
+        device: torch.device,
+        mesh: Mesh,
+    ) -> None:
+        super().__init__(model, optimizer, config, mesh, device, trained(model))
+        self.counts = mesh.counts
+        self._task, self._wrapped = task, wrapped
+        self._data_ranks = mesh.data_ranks
+        self._micro_batch = config.parallel.micro_batch
+        self._precision = config.precision
+        self._syncs = isinstance(wrapped, DistributedDataParallel | FSDPModule)
+
+    def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
+        if not self._wrapped.training:
+            self._wrapped.train()
+        # DDP and FSDP2 average over data ranks; the sum is wanted, for `count` is the global one
+        scale = self._data_ranks / count.clamp(min=LEAST_COUNT)
+        pieces = list(batch.split(self._micro_batch))
+        total: Tensor | None = None
+        for place, piece in enumerate(pieces):
+            piece = piece.to(self.device)
+            with self._synchronised(place == len(pieces) - 1):
+                loss = torch.dot(self._losses(piece, self._wrapped)[1], piece.weight)
+                loss.backward(scale)  # type: ignore[no-untyped-call]
+            total = loss.detach() if total is None else total + loss.detach()
+        if total is None:
+            raise AssertionError("a batch has at least one sample")
+        return Loss(total, count)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Any, Tensor]:
+        self._wrapped.eval()
+        parts = []
+        for piece in batch.split(self._micro_batch):
+            piece = piece.to(self.device)
+            outputs, losses = self._losses(piece, self.model)
+            parts.append((self._task.predictions(outputs, piece), losses))
+        return joined(parts)
+
+    def settle(self, peek: Callable[[], Batch]) -> None:
+        """DDP orders its buckets anew after the first backward pass, and with three or more ranks another order gives
+        another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike."""
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            return
+        batch = peek()
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        for _ in range(2):
+            self.forward_backward(batch, torch.ones((), device=self.device))
+            self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def _losses(self, batch: Batch, model: nn.Module) -> tuple[Any, Tensor]:
+        inputs = inputs_of(self._task, batch, self._precision)
+        with autocast(self.device, self._precision, isinstance(model, FSDPModule)):
+            outputs = model(*inputs)
+        return losses_of(self._task, outputs, batch, self._precision)
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are reduced in the last micro-batch alone."""
+        if not self._syncs:
+            return _NOTHING
+        if isinstance(self._wrapped, DistributedDataParallel):
+            return _NOTHING if last else cast(AbstractContextManager[None], self._wrapped.no_sync())
+        if isinstance(self._wrapped, FSDPModule):
+            self._wrapped.set_requires_gradient_sync(last)
+        return _NOTHING
