@@ -24,20 +24,25 @@ def test_a_run_goes_on_under_another_layout(cli: Cli) -> None:
     words += ("--schedule.warmup", "1st")
     first = cli(*words, "--run.length", "4st", "--nproc", "2", "--parallel.tp", "2")
     assert first.status == 0, first.err
-    second = cli(*words, "--run.length", "8st", "--run.resume", "auto", "--nproc", "2", "--parallel.dp_shard", "2",
+    second = cli(*words, "--run.length", "8st", "--run.resume", "auto", "--nproc", "2", "--parallel.pp", "2",
                  "--parallel.tp", "1")  # fmt: skip
     assert second.status == 0, second.err
     assert second.result["step"] == 8
     assert Path(second.result["run"]).name == "mine"
-    scored = cli("eval", second.result["run"], "--nproc", "2", "--parallel.tp", "2", "--parallel.dp_shard", "1")
+    scored = cli("eval", second.result["run"], "--nproc", "2", "--parallel.dp_shard", "2", "--parallel.pp", "1")
     assert scored.status == 0, scored.err
     best = {"step-00000004": first, "step-00000008": second}[Path(scored.result["checkpoint"]).name]
     assert scored.result["mase"] == pytest.approx(best.result["mase"], abs=1e-5)
 
 
-def test_a_model_whose_plan_splits_nothing_is_refused_before_the_first_step(cli: Cli) -> None:
-    words = ("train", "image/classify", "--preset", "digits", "--nproc", "2", "--parallel.tp", "2")
-    done = cli(*words)
-    assert done.status == 2
-    assert "the plan of SmallCNN does not say how to split its layers" in done.err
-    assert "Traceback" not in done.err
+def test_a_model_that_does_not_fit_the_layout_is_refused_before_the_first_step(cli: Cli) -> None:
+    words = ("train", "image/classify", "--preset", "digits", "--nproc", "2")
+    for layout, sentence in (
+        (("--parallel.tp", "2"), "the plan of SmallCNN does not say how to split its layers"),
+        (("--parallel.pp", "2", "--parallel.stages_per_rank", "3", "--parallel.schedule", "looped_bfs"),
+         "parallel.pp 2 makes 6 stages, and the plan of SmallCNN names 4 modules to share out"),
+    ):  # fmt: skip
+        done = cli(*words, *layout)
+        assert done.status == 2
+        assert sentence in done.err
+        assert "Traceback" not in done.err

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dltrain.parallel.plan import Plan
 
-PLAN = Plan(units=("blocks.*",))
+PLAN = Plan(units=("blocks.*",), chain=("blocks.*", "head"))
 
 
 class SmallCNN(nn.Module):
