@@ -207,6 +207,8 @@ class Parallel(Section):
     """Ranks that share one sharded copy (FSDP2); -1 takes the ranks that are left, 1 is DDP."""
     tp: int = Field(default=1, ge=1)
     """Ranks that share each layer of the model, where its plan says how, and read the same samples."""
+    sequence: bool = False
+    """With tp: between split layers each rank keeps its part of the tokens, for less memory (sequence parallelism)."""
     pp: int = Field(default=1, ge=1)
     """Parts of a pipeline: the model is cut where its plan says how, and each part of the ranks has its stages."""
     schedule: Literal[

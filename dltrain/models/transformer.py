@@ -10,14 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TENSOR = {
+    "embed": "deal",
+    "blocks.*.attention_norm": "tokens",
+    "blocks.*.attention": "gather",
     "blocks.*.attention.query": "column",
     "blocks.*.attention.key": "column",
     "blocks.*.attention.value": "column",
     "blocks.*.attention.out": "row",
+    "blocks.*.mlp_norm": "tokens",
+    "blocks.*.mlp": "gather",
     "blocks.*.mlp.up": "column",
     "blocks.*.mlp.down": "row",
+    "head": "join",
 }
-"""How the layers of a model's ``blocks`` are split over ranks: two sums of activations per block and direction."""
+"""How a model of ``embed``, ``blocks`` and ``head`` is split over ranks: two sums of activations per block and
+direction."""
 
 
 class Attention(nn.Module):

@@ -50,7 +50,7 @@ def parallelize(
         raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
     plan, names = task.plan() or Plan.auto(model), trained(model)
     units = plan.modules(model)
-    splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
+    splits = splits_of(model, plan, mesh.tp, config.parallel.sequence) if mesh.tp > 1 else []
     sharded = mesh.dp_shard > 1 or (mesh.data_ranks > 1 and mesh.tp * mesh.pp > 1)
     parts = _part(task, model, plan, config, mesh, device, example) if mesh.pp > 1 else None
     here = set(model.modules())
@@ -59,7 +59,7 @@ def parallelize(
     if config.precision.channels_last and not sharded:  # FSDP2 shards contiguous weights; inputs are enough
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if splits:
-        split([each for each in splits if each.layer in here], mesh.tensor_axis())
+        split([each for each in splits if each.module in here], mesh.tensor_axis(), config.parallel.sequence)
     roots: Sequence[nn.Module] = [model] if parts is None else list(parts.stages.values())
     if config.precision.compile:
         for module in units if sharded else roots:

@@ -63,6 +63,15 @@ def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
     return norms
 
 
+def add_up(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Gradients that are partial sums on each rank become what their parameters are; collective."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
+            assert isinstance(parameter, DTensor)
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
 def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale gradients in place so that their norm is at most ``max_norm``; never looks at a value on the host."""
     if gradients:

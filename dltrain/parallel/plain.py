@@ -16,6 +16,7 @@ from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
 from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
+from dltrain.parallel.gradients import add_up
 from dltrain.parallel.update import Updating, trained
 from dltrain.task import Loss, Task
 
@@ -58,6 +59,8 @@ class PlainEngine(Updating):
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             raise AssertionError("a batch has at least one sample")
+        if self._sums_are_partial:
+            add_up(self._parameters)
         return Loss(total, count)
 
     @torch.no_grad()

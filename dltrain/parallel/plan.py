@@ -23,7 +23,9 @@ class Plan:
 
     Each module of ``units`` is one unit, the rest belong to the root. ``tensor`` splits linear layers: ``column`` by
     outputs, which leaves each rank its part of the activations, and ``row`` by inputs, which adds the parts up again.
-    A column comes before a row, and what lies between works on any part, such as whole attention heads.
+    A column comes before a row, and what lies between works on any part, such as whole attention heads. For sequence
+    parallelism it also says which modules take tokens one by one (``tokens``), want all of them for split layers inside
+    (``gather``) or for themselves (``join``), and return all of them, to be dealt out (``deal``).
 
     ``chain`` is the model's forward as modules called one after another, each on what the one before returned (a tensor
     or a tuple of them), the first on the model's inputs. A pipeline may be cut between any two. Those that are in

@@ -35,6 +35,7 @@ class Updating:
     ) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sums_are_partial = config.parallel.sequence and mesh.tp > 1
         places = {name: place for place, name in enumerate(names)}
         self._norm = Norm([places[name] for name in trained(model)], len(names), device, mesh.pipeline_group())
         self._sync_buffers = BufferSync(model, mesh.stage_group(), undo=config.run.nonfinite == "skip")

@@ -16,6 +16,7 @@ from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
 from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
+from dltrain.parallel.gradients import add_up
 from dltrain.parallel.pipeline.channels import Shape, Wires
 from dltrain.parallel.pipeline.cut import Stage
 from dltrain.parallel.pipeline.executor import Executor, Inputs
@@ -70,6 +71,8 @@ class PipelineEngine(Updating):
         scale = self._mesh.data_ranks / count.clamp(min=LEAST_COUNT)
         with self._autocast():
             self._executor.train(self._schedule(len(pieces)), shapes, inputs, finish, scale)
+        if self._sums_are_partial:
+            add_up(self._parameters)
         total = torch.zeros((), device=self.device)
         for loss in losses:
             total = total + loss
