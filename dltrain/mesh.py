@@ -1,7 +1,7 @@
 """The device mesh: the only place that builds one. The others ask for an axis by name.
 
-Axes are ``pp, dp_replicate, dp_shard, tp``, outermost first, so that the ranks that split layers, which talk most, are
-neighbours, and the parts of a pipeline, which talk least, lie furthest apart. Degrees are checked once, here.
+Axes are ``pp, dp_replicate, dp_shard, cp, tp``, outermost first, so that the ranks that split layers, which talk most,
+are neighbours, and the parts of a pipeline, which talk least, lie furthest apart. Degrees are checked once, here.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from dltrain.config import Parallel
 from dltrain.errors import UserError
 from dltrain.runtime.environment import Environment
 
-AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+_AXES = ("pp", "dp_replicate", "shard", "tp")  # ranks with other tokens of the same samples have shards of their own
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Degrees of every axis and, with more than one rank, torch's mesh of them."""
+    """Degrees of every axis and, with more than one rank, torch's mesh of them, in which dp_shard and cp are one."""
 
     pp: int
     dp_replicate: int
     dp_shard: int
+    cp: int
     tp: int
     environment: Environment
     devices: DeviceMesh | None
+    context: dist.ProcessGroup | None
+    """The ranks that share the tokens of the same samples."""
 
     @property
     def data_ranks(self) -> int:
@@ -43,11 +46,11 @@ class Mesh:
         Each part of a pipeline counts for itself: the nodes it fills, or its ranks of one node.
         """
         here, part = self.environment, self._part
-        place = here.rank % part // self.tp
-        if part % here.local_world_size:
-            return place
+        alike = self.cp * self.tp
+        if part % here.local_world_size or here.local_world_size % alike:
+            return here.rank % part // alike
         nodes = part // here.local_world_size
-        return here.local_rank // self.tp * nodes + here.node % nodes
+        return here.local_rank // alike * nodes + here.node % nodes
 
     @property
     def pp_rank(self) -> int:
@@ -57,7 +60,8 @@ class Mesh:
     @property
     def random_stream(self) -> int:
         """A number that ranks share which must draw the same random numbers: those that share layers."""
-        return self.pp_rank * self.data_ranks + self.data_rank
+        context = self.environment.rank // self.tp % self.cp
+        return (self.pp_rank * self.cp + context) * self.data_ranks + self.data_rank
 
     @property
     def first_of_part(self) -> bool:
@@ -67,7 +71,12 @@ class Mesh:
     @property
     def counts(self) -> bool:
         """Whether this rank stands for those that see the same samples in the same part of the pipeline."""
-        return self.environment.rank % self.tp == 0
+        return self.environment.rank % (self.cp * self.tp) == 0
+
+    @property
+    def reduced_ranks(self) -> int:
+        """Ranks over which gradients are averaged: those with other samples, or other tokens of the same ones."""
+        return self.data_ranks * self.cp
 
     @property
     def _part(self) -> int:
@@ -75,8 +84,11 @@ class Mesh:
         return self.environment.world_size // self.pp
 
     def shard_axes(self) -> DeviceMesh:
-        """The mesh FSDP2 works on: one axis of shards, or replicas of shards (HSDP)."""
-        return self._axes("dp_replicate", "dp_shard") if self.dp_replicate > 1 else self._axes("dp_shard")
+        """The mesh FSDP2 works on: one axis of shards, or replicas of shards (HSDP).
+
+        Ranks with other tokens of the same samples have shards of their own.
+        """
+        return self._axes("dp_replicate", "shard") if self.dp_replicate > 1 else self._axes("shard")
 
     def tensor_axis(self) -> DeviceMesh:
         """The ranks that share layers."""
@@ -94,7 +106,7 @@ class Mesh:
             return dist.group.WORLD
         if self._part == 1:
             return None
-        return self._axes("dp_replicate", "dp_shard", "tp")._flatten("part").get_group()
+        return self._axes("dp_replicate", "shard", "tp")._flatten("part").get_group()
 
     def stage_group(self) -> dist.ProcessGroup | None:
         """The ranks that hold the same part of the model, in whole or in shards; ``None`` for one alone."""
@@ -108,26 +120,33 @@ class Mesh:
 
 def build_mesh(parallel: Parallel, environment: Environment, device: torch.device) -> Mesh:
     """Resolve -1, check that the degrees multiply to the number of ranks, and build. Raises :class:`UserError`."""
-    world, tp, pp = environment.world_size, parallel.tp, parallel.pp
+    world, tp, cp, pp = environment.world_size, parallel.tp, parallel.cp, parallel.pp
+    model = pp * cp * tp
     if environment.local_world_size % tp:
         raise UserError(
             f"parallel.tp is {tp}, which does not divide the {environment.local_world_size} ranks of a node; ranks "
             "that share layers must be on one node"
         )
-    if world % (pp * tp):
-        raise UserError(f"parallel.pp {pp} x parallel.tp {tp} = {pp * tp} does not divide the {world} ranks")
-    replicate, shard = _resolve(parallel.dp_replicate, parallel.dp_shard, world // tp // pp)
-    if replicate * shard * tp * pp != world:
-        pipeline = f"parallel.pp {pp} x " if pp > 1 else ""
+    if world % model:
         raise UserError(
-            f"{pipeline}parallel.dp_replicate {replicate} x parallel.dp_shard {shard} x parallel.tp {tp} = "
-            f"{pp * replicate * shard * tp}, but there are {world} ranks; give dp_replicate or dp_shard -1, or start "
-            f"{pp * replicate * shard * tp} ranks"
+            f"parallel.pp {pp} x parallel.cp {cp} x parallel.tp {tp} = {model} does not divide the {world} ranks"
         )
-    devices = None
+    replicate, shard = _resolve(parallel.dp_replicate, parallel.dp_shard, world // model)
+    total = replicate * shard * model
+    if total != world:
+        degrees = {"pp": pp, "dp_replicate": replicate, "dp_shard": shard, "cp": cp, "tp": tp}
+        shown = [f"parallel.{name} {degree}" for name, degree in degrees.items() if degree > 1 or "dp" in name]
+        raise UserError(
+            f"{' x '.join(shown)} = {total}, but there are {world} ranks; give dp_replicate or dp_shard -1, or start "
+            f"{total} ranks"
+        )
+    devices = context = None
     if world > 1:
-        devices = init_device_mesh(device.type, (pp, replicate, shard, tp), mesh_dim_names=AXES)
-    return Mesh(pp, replicate, shard, tp, environment, devices)
+        devices = init_device_mesh(device.type, (pp, replicate, shard * cp, tp), mesh_dim_names=_AXES)
+    if cp > 1:
+        apart = init_device_mesh(device.type, (world // (cp * tp), cp, tp), mesh_dim_names=("rest", "cp", "tp"))
+        context = apart["cp"].get_group()
+    return Mesh(pp, replicate, shard, cp, tp, environment, devices, context)
 
 
 def _resolve(replicate: int, shard: int, ranks: int) -> tuple[int, int]:

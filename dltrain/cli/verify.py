@@ -19,7 +19,10 @@ from dltrain.runtime.launch import RECIPE, launch
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}
 """40 times the rounding of fp32 measured over ten steps; what bf16 leaves."""
 
-_ONE_PROCESS = {"parallel.dp_replicate": -1, "parallel.dp_shard": 1, "parallel.tp": 1, "parallel.pp": 1}
+_ONE_PROCESS = {
+    "parallel.dp_replicate": -1,
+    **dict.fromkeys(("parallel.dp_shard", "parallel.tp", "parallel.cp", "parallel.pp"), 1),
+}
 
 _WHAT = (
     "Train a recipe for some steps on one process and under a layout, and compare losses, gradient norms and the first "

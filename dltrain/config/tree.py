@@ -209,6 +209,8 @@ class Parallel(Section):
     """Ranks that share each layer of the model, where its plan says how, and read the same samples."""
     sequence: bool = False
     """With tp: between split layers each rank keeps its part of the tokens, for less memory (sequence parallelism)."""
+    cp: int = Field(default=1, ge=1)
+    """Ranks that share the tokens of the same samples, where the model's plan says how: long series, large images."""
     pp: int = Field(default=1, ge=1)
     """Parts of a pipeline: the model is cut where its plan says how, and each part of the ranks has its stages."""
     schedule: Literal[

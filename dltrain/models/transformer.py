@@ -10,21 +10,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TENSOR = {
-    "embed": "deal",
-    "blocks.*.attention_norm": "tokens",
-    "blocks.*.attention": "gather",
     "blocks.*.attention.query": "column",
     "blocks.*.attention.key": "column",
     "blocks.*.attention.value": "column",
     "blocks.*.attention.out": "row",
-    "blocks.*.mlp_norm": "tokens",
-    "blocks.*.mlp": "gather",
     "blocks.*.mlp.up": "column",
     "blocks.*.mlp.down": "row",
+}
+"""How the layers of a model's ``blocks`` are split over ranks: two sums of activations per block and direction."""
+
+TOKENS = {
+    "embed": "deal",
+    "blocks.*.attention_norm": "each",
+    "blocks.*.attention": "gather",
+    "blocks.*.attention.mix": "attend",
+    "blocks.*.mlp_norm": "each",
+    "blocks.*.mlp": "gather",
     "head": "join",
 }
-"""How a model of ``embed``, ``blocks`` and ``head`` is split over ranks: two sums of activations per block and
-direction."""
+"""Where the tokens of a model of ``embed``, ``blocks`` and ``head`` may be shared out over ranks."""
+
+
+class DotProduct(nn.Module):
+    """Scaled dot-product attention of queries, keys and values [n, heads, tokens, width of a head]."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        dropout = self.dropout.p if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
 
 class Attention(nn.Module):
@@ -36,7 +52,7 @@ class Attention(nn.Module):
             raise ValueError(f"a width of {width} cannot be divided among {heads} heads")
         self.heads = heads
         self._head_width = width // heads
-        self.dropout = nn.Dropout(dropout)
+        self.mix = DotProduct(dropout)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -44,9 +60,7 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = (self._by_heads(layer(tokens)) for layer in (self.query, self.key, self.value))
-        dropout = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        attended: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        attended: Tensor = self.out(self.mix(query, key, value).transpose(1, 2).flatten(2))
         return attended
 
     def _by_heads(self, values: Tensor) -> Tensor:

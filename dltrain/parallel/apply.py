@@ -20,6 +20,7 @@ from dltrain.parallel.pipeline.schedule import build, micro_batches, stages_per_
 from dltrain.parallel.plain import PlainEngine
 from dltrain.parallel.plan import Plan
 from dltrain.parallel.tensor import split, splits_of
+from dltrain.parallel.tokens import roles_of, share_context, share_sequence
 from dltrain.parallel.update import trained
 from dltrain.runtime.seeds import seed_all
 from dltrain.task import Task
@@ -38,7 +39,7 @@ def parallelize(
     3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``, which a pipeline
        alone needs.
     4. Move to the device, in the memory format asked for.
-    5. Split layers over the ranks of tensor parallelism.
+    5. Split layers over the ranks of tensor parallelism; share tokens out over those of context parallelism.
     6. Compile: each unit where units are sharded, the whole model, or each stage, otherwise.
     7. FSDP2 over the plan's units, or DDP for replicas alone. Replicas of split layers and of stages are FSDP2's too,
        in shards of one: DDP takes no split tensors, and a stage goes backward many times in a step.
@@ -50,16 +51,24 @@ def parallelize(
         raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
     plan, names = task.plan() or Plan.auto(model), trained(model)
     units = plan.modules(model)
-    splits = splits_of(model, plan, mesh.tp, config.parallel.sequence) if mesh.tp > 1 else []
-    sharded = mesh.dp_shard > 1 or (mesh.data_ranks > 1 and mesh.tp * mesh.pp > 1)
+    splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
+    sequence = config.parallel.sequence and mesh.tp > 1
+    shared = "parallel.sequence is on" if sequence else f"parallel.cp is {mesh.cp}"
+    roles = roles_of(model, plan, shared) if sequence or mesh.cp > 1 else []
+    sharded = mesh.dp_shard > 1 or (mesh.reduced_ranks > 1 and mesh.tp * mesh.pp > 1)
     parts = _part(task, model, plan, config, mesh, device, example) if mesh.pp > 1 else None
     here = set(model.modules())
     units = [unit for unit in units if unit in here]
     model = model.to(device)
     if config.precision.channels_last and not sharded:  # FSDP2 shards contiguous weights; inputs are enough
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    roles = [each for each in roles if each.module in here]
     if splits:
-        split([each for each in splits if each.module in here], mesh.tensor_axis(), config.parallel.sequence)
+        split([each for each in splits if each.layer in here], mesh.tensor_axis(), sequence)
+    if mesh.context is not None:
+        share_context(roles, mesh.context)
+    if sequence:
+        share_sequence(roles, mesh.tensor_axis())
     roots: Sequence[nn.Module] = [model] if parts is None else list(parts.stages.values())
     if config.precision.compile:
         for module in units if sharded else roots:
@@ -69,7 +78,7 @@ def parallelize(
         for root in roots:
             mine = set(root.modules())
             shard(root, [unit for unit in units if unit in mine], mesh, config)
-    elif parts is None and mesh.dp_replicate > 1:
+    elif parts is None and mesh.reduced_ranks > 1:
         wrapped = replicate(model, device)
     optimizer = build_optimizer(model, config.optim, names)
     if parts is not None:

@@ -23,9 +23,12 @@ class Plan:
 
     Each module of ``units`` is one unit, the rest belong to the root. ``tensor`` splits linear layers: ``column`` by
     outputs, which leaves each rank its part of the activations, and ``row`` by inputs, which adds the parts up again.
-    A column comes before a row, and what lies between works on any part, such as whole attention heads. For sequence
-    parallelism it also says which modules take tokens one by one (``tokens``), want all of them for split layers inside
-    (``gather``) or for themselves (``join``), and return all of them, to be dealt out (``deal``).
+    A column comes before a row, and what lies between works on any part, such as whole attention heads.
+
+    ``tokens`` says what modules of a transformer do with tokens [n, tokens, width], for ranks that keep a part of them
+    each (sequence and context parallelism): return all of them, to be dealt out (``deal``); take each by itself, as
+    norms do (``each``); hand them to split layers inside (``gather``); let each look at all (``attend``), from queries,
+    keys and values [n, heads, tokens, width]; want all of them (``join``).
 
     ``chain`` is the model's forward as modules called one after another, each on what the one before returned (a tensor
     or a tuple of them), the first on the model's inputs. A pipeline may be cut between any two. Those that are in
@@ -34,6 +37,7 @@ class Plan:
 
     units: tuple[str, ...] = ()
     tensor: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, str] = field(default_factory=dict)
     chain: tuple[str, ...] = ()
     with_inputs: tuple[str, ...] = ()
 

@@ -148,7 +148,7 @@ class Odd(nn.Module):
 )
 def test_a_model_that_cannot_be_split_is_told_why(tensor: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        splits_of(Odd(), Plan(tensor=tensor), 2, sequence=False)
+        splits_of(Odd(), Plan(tensor=tensor), 2)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dltrain.models.transformer import TENSOR, encoder
+from dltrain.models.transformer import TENSOR, TOKENS, encoder
 from dltrain.parallel.plan import Plan
 
-PLAN = Plan(units=("blocks.*",), tensor=TENSOR, chain=("embed", "blocks.*", "head"), with_inputs=("head",))
+PLAN = Plan(
+    units=("blocks.*",), tensor=TENSOR, tokens=TOKENS, chain=("embed", "blocks.*", "head"), with_inputs=("head",)
+)
 
 _LEAST_DEVIATION = 1e-5
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dltrain.models.transformer import TENSOR, encoder
+from dltrain.models.transformer import TENSOR, TOKENS, encoder
 from dltrain.parallel.plan import Plan
 
-PLAN = Plan(units=("blocks.*",), tensor=TENSOR, chain=("embed", "blocks.*", "head"))
+PLAN = Plan(units=("blocks.*",), tensor=TENSOR, tokens=TOKENS, chain=("embed", "blocks.*", "head"))
 
 
 class Embedding(nn.Module):
