@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +15,9 @@ from dltrain.mesh import Mesh
 from dltrain.optim.optimizer import build_optimizer
 from dltrain.parallel.data import replicate, shard
 from dltrain.parallel.forward import inputs_of
-from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
-from dltrain.parallel.pipeline.engine import Parts, PipelineEngine
-from dltrain.parallel.pipeline.schedule import build, micro_batches, stages_per_rank
+from dltrain.parallel.pipeline.engine import PipelineEngine
+from dltrain.parallel.pipeline.parts import Parts, part
+from dltrain.parallel.pipeline.trace import adopt
 from dltrain.parallel.plain import PlainEngine
 from dltrain.parallel.plan import Plan
 from dltrain.parallel.tensor import split, splits_of
@@ -58,7 +59,7 @@ def parallelize(
     sharded = mesh.dp_shard > 1 or (mesh.reduced_ranks > 1 and mesh.tp * mesh.pp > 1)
     parts = _part(task, model, plan, config, mesh, device, example) if mesh.pp > 1 else None
     here = set(model.modules())
-    units = [unit for unit in units if unit in here]
+    units = [] if parts is not None and parts.size else [unit for unit in units if unit in here]
     model = model.to(device)
     if config.precision.channels_last and not sharded:  # FSDP2 shards contiguous weights; inputs are enough
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -78,11 +79,13 @@ def parallelize(
         for root in roots:
             mine = set(root.modules())
             shard(root, [unit for unit in units if unit in mine], mesh, config)
+        if parts is not None and parts.size:
+            adopt(model, roots)
     elif parts is None and mesh.reduced_ranks > 1:
         wrapped = replicate(model, device)
     optimizer = build_optimizer(model, config.optim, names)
     if parts is not None:
-        return PipelineEngine(task, parts, optimizer, config, device, mesh)
+        return PipelineEngine(task, parts, optimizer, config, device, mesh, names)
     return PlainEngine(task, model, wrapped, optimizer, config, device, mesh)
 
 
@@ -92,19 +95,10 @@ def _part(
     """Cut the model, in place, to this rank's stages."""
     if example is None:
         raise AssertionError("a pipeline is cut by an example")
-    parallel, names = config.parallel, trained(model)
-    links = chain(model, plan)
-    batch = example()
-    stages = mesh.pp * (parallel.stages_per_rank or stages_per_rank(parallel.schedule))
-    pieces, _ = micro_batches(len(batch), parallel.micro_batch, stages, mesh.pp)
-    owners = build(parallel.schedule, mesh.pp, pieces, parallel.stages_per_rank).owners
-    if len(links) < len(owners):
-        raise UserError(
-            f"parallel.pp {mesh.pp} makes {len(owners)} stages, and the plan of {type(model).__name__} names "
-            f"{len(links)} modules to share out; give parallel.pp or parallel.stages_per_rank less, or a deeper model"
-        )
-    one = next(batch.split(1)).to(device)  # which may decode it
-    cuts = balanced(costs_of(model, links, inputs_of(task, one, config.precision)), len(owners))
-    mine = {number: links[cut.start : cut.stop] for number, cut in enumerate(cuts) if owners[number] == mesh.pp_rank}
-    keep(model, links, [link for some in mine.values() for link in some])
-    return Parts(model, {number: Stage(some) for number, some in mine.items()}, owners, names)
+    batch = example().to(device).to(torch.device("cpu"))  # images may be decoded by the device
+
+    def inputs(samples: int) -> tuple[Any, ...]:
+        piece = next(batch.padded(max(samples, len(batch))).split(samples))
+        return inputs_of(task, piece, config.precision)
+
+    return part(model, plan, config.parallel, mesh.pp_rank, len(batch), inputs)

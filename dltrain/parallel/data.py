@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from dltrain.config import Config
+from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 
 
@@ -32,6 +33,11 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
     In a pipeline parameters stay gathered until the step's last backward pass, as in ZeRO-2: each piece would gather
     them anew.
     """
+    for name, parameter in model.named_parameters():
+        if not parameter.dim():
+            raise UserError(
+                f"{name} of {type(model).__name__} is a scalar, which FSDP2 cannot shard; give it shape [1]"
+            )
     compute = torch.bfloat16 if config.precision.compute == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     if compute is not None:

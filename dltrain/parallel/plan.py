@@ -56,10 +56,15 @@ class Plan:
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """The units of ``model``, innermost first. Raises :class:`UserError` for a pattern that matches nothing."""
+        found = self.found(model)
+        return [found[name] for name in sorted(found, key=lambda name: -name.count("."))]
+
+    def found(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The units of ``model`` by name. Raises :class:`UserError` for a pattern that matches nothing."""
         found: dict[str, nn.Module] = {}
         for pattern in self.units:
             found.update(matching(model, pattern))
-        return [found[name] for name in sorted(found, key=lambda name: -name.count("."))]
+        return found
 
 
 def matching(model: nn.Module, pattern: str, bare: bool = False) -> dict[str, nn.Module]:

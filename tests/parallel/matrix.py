@@ -122,6 +122,43 @@ class Series(Task):
         return (outputs - batch.fields["y"]).square().mean((1, 2))
 
 
+class Skipping(nn.Module):
+    """Someone's own model: blocks in a list, a weight of its own, a connection from the first block to the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.5]))
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()) for _ in range(5))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = values = self.stem(images) * self.scale
+        for block in self.blocks:
+            values = values + block(values)
+        values = (values + first).mean((2, 3)) + images.mean((1, 2, 3))[:, None]
+        logits: Tensor = self.head(values)
+        return logits
+
+
+class Own(Images):
+    """Without a plan."""
+
+    def model(self) -> nn.Module:
+        return Skipping()
+
+    def plan(self) -> None:  # type: ignore[override]
+        return None
+
+
+class Straight(Own):
+    """Without a plan, and a chain."""
+
+    def model(self) -> nn.Module:
+        convolutions = [nn.Sequential(nn.Conv2d(8 if place else 3, 8, 3, padding=1), nn.Tanh()) for place in range(4)]
+        return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(8 * 64, 5))
+
+
 class Dropping(Images):
     """With dropout."""
 
@@ -143,11 +180,13 @@ def _series(random: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
 
 
 FAMILIES: dict[str, tuple[type[Task], Fields]] = {"vit": (Images, _images), "patchtst": (Series, _series)}
+TASKS = {**FAMILIES, "own": (Own, _images), "straight": (Straight, _images)}
+"""With models that bring no plan, which no tensor or context parallelism splits."""
 
 
 def share_of(family: str, step: int, rank: int, ranks: int) -> Batch:
     """A data rank's share of a step, padded with weight 0 to the size of the largest share."""
-    fields = FAMILIES[family][1](np.random.default_rng(step))
+    fields = TASKS[family][1](np.random.default_rng(step))
     mine = list(range(rank, SAMPLES, ranks))
     padded = mine + mine[:1] * (-(-SAMPLES // ranks) - len(mine))
     weight = torch.tensor([1.0] * len(mine) + [0.0] * (len(padded) - len(mine)))
@@ -157,7 +196,7 @@ def share_of(family: str, step: int, rank: int, ranks: int) -> Batch:
 
 def build(family: str, rank: int, ranks: int, overrides: dict[str, Any]) -> tuple[Task, Mesh, Engine]:
     config = load_overrides(Config(), {"optim.learning_rate": 0.003, **overrides})
-    task = FAMILIES[family][0](config)
+    task = TASKS[family][0](config)
     mesh = build_mesh(config.parallel, Environment(rank, ranks, rank, ranks), CPU)
     return task, mesh, parallelize(task, config, mesh, CPU, lambda: share_of(family, 0, 0, 1))
 

@@ -40,7 +40,7 @@ def test_a_model_that_does_not_fit_the_layout_is_refused_before_the_first_step(c
     for layout, sentence in (
         (("--parallel.tp", "2"), "the plan of SmallCNN does not say how to split its layers"),
         (("--parallel.pp", "2", "--parallel.stages_per_rank", "3", "--parallel.schedule", "looped_bfs"),
-         "parallel.pp 2 makes 6 stages, and the plan of SmallCNN names 4 modules to share out"),
+         "the pipeline has 6 stages, and the plan of SmallCNN names 4 modules to share out"),
     ):  # fmt: skip
         done = cli(*words, *layout)
         assert done.status == 2

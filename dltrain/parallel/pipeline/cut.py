@@ -7,16 +7,15 @@ their name, so that every parameter keeps the name it has in the whole model, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dltrain.errors import UserError
+from dltrain.parallel.pipeline.discover import to_meta
 from dltrain.parallel.plan import Plan, matching
 
 
@@ -71,18 +70,17 @@ def chain(model: nn.Module, plan: Plan) -> list[Link]:
     return links
 
 
-def costs_of(model: nn.Module, links: Sequence[Link], inputs: tuple[Any, ...]) -> list[int]:
-    """Floating-point operations of each link in a forward pass of ``inputs``, counted without computing any.
+def costs_of(model: nn.Module, names: Sequence[str], inputs: tuple[Any, ...]) -> list[int]:
+    """Floating-point operations of each module in a forward pass of ``inputs``, counted without computing any.
 
-    At least 1 each, so that links without matrix products are shared out as well.
+    At least 1 each, so that modules without matrix products are shared out as well.
     """
-    twin = deepcopy(model).to("meta").eval()
-    moved = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, inputs)
+    twin, moved = to_meta(model, inputs)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(*moved)
     counted = counter.get_flop_counts()
     prefix = type(twin).__name__
-    return [1 + sum(counted.get(f"{prefix}.{link.name}", {}).values()) for link in links]
+    return [1 + sum(counted.get(f"{prefix}.{name}", {}).values()) for name in names]
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[range]:

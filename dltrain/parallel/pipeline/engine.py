@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,33 +17,27 @@ from dltrain.mesh import Mesh
 from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
 from dltrain.parallel.gradients import add_up
 from dltrain.parallel.pipeline.channels import Shape, Wires
-from dltrain.parallel.pipeline.cut import Stage
 from dltrain.parallel.pipeline.executor import Executor, Inputs
+from dltrain.parallel.pipeline.parts import Parts
 from dltrain.parallel.pipeline.schedule import Schedule, build, forward_only, micro_batches
 from dltrain.parallel.update import Updating
 from dltrain.task import Loss, Task
-
-
-@dataclass(frozen=True)
-class Parts:
-    """This rank's part of a model: ``model`` with its own modules alone, and ``stages`` made of them, by number.
-
-    ``owners`` is the rank of each stage in the pipeline, ``names`` those of all parameters trained on any rank.
-    """
-
-    model: nn.Module
-    stages: dict[int, Stage]
-    owners: tuple[int, ...]
-    names: Sequence[str]
 
 
 class PipelineEngine(Updating):
     """Stages of a pipeline, with split layers or without, each replicated or sharded by FSDP2, or on its own."""
 
     def __init__(
-        self, task: Task, parts: Parts, optimizer: Optimizer, config: Config, device: torch.device, mesh: Mesh
+        self,
+        task: Task,
+        parts: Parts,
+        optimizer: Optimizer,
+        config: Config,
+        device: torch.device,
+        mesh: Mesh,
+        names: Sequence[str],
     ) -> None:
-        super().__init__(parts.model, optimizer, config, mesh, device, parts.names)
+        super().__init__(parts.model, optimizer, config, mesh, device, names)
         self._task, self._parts, self._mesh = task, parts, mesh
         self._parallel, self._precision = config.parallel, config.precision
         self._has_losses = parts.owners[-1] == mesh.pp_rank
@@ -104,8 +97,8 @@ class PipelineEngine(Updating):
 
     def _pieces(self, batch: Batch) -> list[Batch]:
         """Micro-batches of one size, on the device; what is missing in the last one is filled with weight 0."""
-        stages = len(self._parts.owners)
-        number, size = micro_batches(len(batch), self._parallel.micro_batch, stages, self._mesh.pp)
+        wanted = self._parts.size or self._parallel.micro_batch
+        number, size = micro_batches(len(batch), wanted, len(self._parts.owners), self._mesh.pp)
         return list(batch.to(self.device).padded(number * size).split(size))
 
     def _schedule(self, pieces: int) -> Schedule:
@@ -139,7 +132,7 @@ class PipelineEngine(Updating):
         return autocast(self.device, self._precision, sharded)
 
 
-def _reduce_gradients(stage: Stage) -> None:
+def _reduce_gradients(stage: nn.Module) -> None:
     """What FSDP2 does after a last backward pass: reduce gradients over data ranks, and free the gathered weights.
 
     Its own hooks cannot know which pass is the last: gradients of weights may come outside of any.

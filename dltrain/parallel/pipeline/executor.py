@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from dltrain.errors import UserError
 from dltrain.parallel.pipeline.channels import Cargo, Channels, Shape, Values, Wires
-from dltrain.parallel.pipeline.cut import Stage
 from dltrain.parallel.pipeline.schedule import Action, Schedule
 
 Shapes = Sequence[Sequence[Shape]]
@@ -52,7 +52,7 @@ class Executor:
     ``stage_done`` is called when a stage has had its last backward pass of a batch.
     """
 
-    def __init__(self, stages: Mapping[int, Stage], wires: Wires, stage_done: Callable[[Stage], None]) -> None:
+    def __init__(self, stages: Mapping[int, nn.Module], wires: Wires, stage_done: Callable[[nn.Module], None]) -> None:
         self._stages, self._wires, self._stage_done = stages, wires, stage_done
 
     def train(
@@ -160,7 +160,10 @@ def as_values(returned: Any) -> Values:
     values = returned if isinstance(returned, tuple) else (returned,)
     for value in values:
         if not isinstance(value, Tensor):
-            raise TypeError(f"a stage of a pipeline returned {type(value).__name__}, not tensors")
+            raise UserError(
+                f"a stage of the pipeline returned {type(value).__name__}; what goes from stage to stage must be a "
+                "tensor or a tuple of tensors"
+            )
     return values
 
 

@@ -37,7 +37,7 @@ def test_the_costliest_part_is_as_cheap_as_any_cut_allows(costs: list[int], part
 def test_costs_are_the_operations_of_each_link() -> None:
     whole = model()
     links = chain(whole, vit.PLAN)
-    costs = costs_of(whole, links, (torch.zeros(2, 3, 8, 8),))
+    costs = costs_of(whole, [link.name for link in links], (torch.zeros(2, 3, 8, 8),))
     # 2 samples x 4 patches x 2 operations x 3 channels x 4 x 4 pixels x width 32
     assert costs[0] == 1 + 2 * 4 * 2 * 48 * 32
     # 2 x 6 tokens x 2 operations x (4 layers of 32 x 32, and 2 of 32 x 128), and attention's two products

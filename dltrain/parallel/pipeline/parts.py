@@ -1,0 +1,85 @@
+"""One rank's part of a model in a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from dltrain.config import Parallel
+from dltrain.errors import UserError
+from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
+from dltrain.parallel.pipeline.discover import discovered
+from dltrain.parallel.pipeline.schedule import build, micro_batches, stages_per_rank
+from dltrain.parallel.pipeline.trace import keep_tensors, traced
+from dltrain.parallel.plan import Plan
+
+Example = Callable[[int], tuple[Any, ...]]
+"""The model's arguments for some micro-batch of so many samples."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """``model`` with this rank's parameters alone, and ``stages`` that run them, by number.
+
+    ``owners`` is the rank of each stage in the pipeline. Stages that are traced take micro-batches of ``size`` samples
+    and no others; 0 is any size.
+    """
+
+    model: nn.Module
+    stages: dict[int, nn.Module]
+    owners: tuple[int, ...]
+    size: int = 0
+
+
+def part(model: nn.Module, plan: Plan, parallel: Parallel, rank: int, samples: int, example: Example) -> Parts:
+    """Cut the model, in place, to the stages of ``rank``, so that all cost about the same in a forward pass.
+
+    By the plan's chain, or the one its forward turns out to be, or by tracing. ``samples`` are those of each step.
+    Raises :class:`UserError` for a model that cannot be cut so often, and a number of micro-batches that does not fit.
+    """
+    wanted = parallel.pp * (parallel.stages_per_rank or stages_per_rank(parallel.schedule))
+    number, size = micro_batches(samples, parallel.micro_batch, wanted, parallel.pp)
+    owners = build(parallel.schedule, parallel.pp, number, parallel.stages_per_rank).owners
+    inputs = example(size)
+    found = plan.chain or discovered(model, inputs)
+    if found and (plan.chain or len(found) >= wanted):
+        return Parts(model, dict(_chained(model, replace(plan, chain=found), inputs, owners, rank)), owners)
+    return Parts(model, dict(_traced(model, plan, inputs, owners, rank)), owners, size)
+
+
+def _chained(
+    model: nn.Module, plan: Plan, inputs: tuple[Any, ...], owners: Sequence[int], rank: int
+) -> list[tuple[int, nn.Module]]:
+    links = chain(model, plan)
+    _refuse_shallow(model, len(links), "names", len(owners))
+    cuts = balanced(costs_of(model, [link.name for link in links], inputs), len(owners))
+    mine = {number: [links[place] for place in cut] for number, cut in enumerate(cuts) if owners[number] == rank}
+    keep(model, links, [link for some in mine.values() for link in some])
+    return [(number, Stage(some)) for number, some in mine.items()]
+
+
+def _traced(
+    model: nn.Module, plan: Plan, inputs: tuple[Any, ...], owners: Sequence[int], rank: int
+) -> list[tuple[int, nn.Module]]:
+    units = [name for name, _ in sorted(plan.found(model).items(), key=lambda item: _place(model, item[0]))]
+    _refuse_shallow(model, len(units), "finds", len(owners))
+    cuts = balanced(costs_of(model, units, inputs), len(owners))
+    stages = traced(model, inputs, [units[cut[0]] for cut in cuts[1:]])
+    mine = {number: stage for number, stage in enumerate(stages) if owners[number] == rank}
+    keep_tensors(model, list(mine.values()))
+    return list(mine.items())
+
+
+def _place(model: nn.Module, name: str) -> int:
+    return [other for other, _ in model.named_modules()].index(name)
+
+
+def _refuse_shallow(model: nn.Module, modules: int, does: str, stages: int) -> None:
+    if modules < stages:
+        raise UserError(
+            f"the pipeline has {stages} stages, and the plan of {type(model).__name__} {does} {modules} modules to "
+            "share out; give parallel.pp or parallel.stages_per_rank less, or a deeper model"
+        )
