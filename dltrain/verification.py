@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dltrain import storage
@@ -122,11 +121,8 @@ class _Recorder(Hook):
     def gradients_ready(self, trainer: View) -> None:
         if trainer.step:
             return
-        for name, parameter in trainer.engine.named_parameters():
-            if parameter.grad is not None:
-                grad = parameter.grad
-                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-                self.gradients[name] = whole.detach().float().cpu().clone()
+        for name, gradient in trainer.engine.gradients():
+            self.gradients[name] = gradient.cpu().clone()
 
     def logged(self, trainer: View, record: dict[str, Any]) -> None:
         self.losses.append(record["loss"])

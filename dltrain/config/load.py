@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from dltrain.config.tree import Config, Section, Source
+from dltrain.config.section import Section
+from dltrain.config.tree import Config, Source
 from dltrain.errors import UserError, nearest
 
 C = TypeVar("C", bound=Config)
@@ -123,7 +124,8 @@ def explain(error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden" and "sources" in first["loc"]:
         return f"there is no setting {name!r}; {nearest(str(first['loc'][-1]), Source.model_fields)}"
-    found = "" if not name else f"--{name}: " if first["type"] == "missing" else f"--{name} is {first['input']!r}: "
+    whole = first["type"] == "missing" or isinstance(first["input"], dict | Section)
+    found = "" if not name else f"--{name}: " if whole else f"--{name} is {first['input']!r}: "
     return f"{found}{reason[0].lower()}{reason[1:]}"
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -65,6 +66,10 @@ class Engine(Protocol):
         """Parameters by the names they have in the model alone."""
         ...
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients by name, float32, of the parameters that have one, after the backward pass; collective."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """``{"model": ..., "optimizer": ...}``, tensors by parameter name, sharded as they are."""
         ...
@@ -112,7 +117,7 @@ class PlainEngine:
             piece = piece.to(self.device)
             with self._synchronised(place == len(pieces) - 1):
                 loss = torch.dot(self._losses(piece)[1], piece.weight)
-                loss.backward(scale)  # type: ignore[no-untyped-call]
+                self._backward(loss, scale)
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             raise AssertionError("a batch has at least one sample")
@@ -156,6 +161,12 @@ class PlainEngine:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            grad = parameter.grad
+            if grad is not None:
+                yield name, (grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().float()
+
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer}
@@ -167,6 +178,9 @@ class PlainEngine:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+
+    def _backward(self, loss: Tensor, scale: Tensor) -> None:
+        loss.backward(scale)  # type: ignore[no-untyped-call]
 
     def _update(self, norm: Tensor) -> None:
         """The optimizer's step, unless the norm is not finite."""

@@ -47,6 +47,10 @@ def layout(ranks: int, slow: bool = False, **settings: Any) -> Layout:
     return Layout(ranks, {f"parallel.{name}": value for name, value in settings.items()}, slow)
 
 
+def zero(ranks: int, stage: int, slow: bool = False, **settings: Any) -> Layout:
+    return layout(ranks, slow, engine="deepspeed", **{"deepspeed.stage": stage}, **settings)
+
+
 LAYOUTS = {
     "ddp 2": layout(2),
     "ddp 3, ragged": layout(3, slow=True),
@@ -62,6 +66,12 @@ LAYOUTS = {
     "fsdp 2 x tp 2, micro-batches": layout(4, slow=True, dp_shard=2, tp=2, micro_batch=2),
     "replicas 2 x tp 2": layout(4, dp_replicate=2, tp=2),
     "hsdp 2x2 x tp 2": layout(8, slow=True, dp_shard=2, dp_replicate=2, tp=2),
+    "deepspeed zero-0": zero(2, 0, slow=True, micro_batch=2),
+    "deepspeed zero-1": zero(2, 1, slow=True),
+    "deepspeed zero-2": zero(2, 2, slow=True),
+    "deepspeed zero-2, offload": zero(2, 2, slow=True, micro_batch=2, **{"deepspeed.offload_optimizer": True}),
+    "deepspeed zero-3": zero(2, 3),
+    "deepspeed zero-3, ragged": zero(3, 3, slow=True, micro_batch=2),
 }
 
 
