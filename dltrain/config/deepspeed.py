@@ -28,3 +28,16 @@ class DeepSpeed(Section):
         if self.offload_parameters and self.stage != 3:
             raise ValueError(f"offload_parameters needs stage 3: stage {self.stage} keeps whole weights on each rank")
         return self
+
+
+def refuse_other_layouts(parallel: Section) -> None:
+    """Raises :class:`ValueError` for degrees, of the section ``parallel``, that DeepSpeed's engine has not."""
+    degrees = dict(parallel)
+    if degrees["dp_shard"] != 1:
+        raise ValueError(
+            f"dp_shard is {degrees['dp_shard']} and engine 'deepspeed', whose ZeRO shards over all ranks by itself; "
+            "leave parallel.dp_shard 1 and choose parallel.deepspeed.stage"
+        )
+    for name in ("tp", "pp", "cp"):
+        if degrees.get(name, 1) != 1:
+            raise ValueError(f"{name} is {degrees[name]} and engine 'deepspeed', which divides data alone; leave it 1")

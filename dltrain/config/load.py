@@ -85,7 +85,18 @@ def load_overrides(config: C, overrides: Mapping[str, Any]) -> C:
         for part in path:
             inner = inner.setdefault(part, {})
         inner[last] = _parse(name, value, known[name])
-    return _validated(kind, _merged(_plain(config), changes), "")
+    changed = _validated(kind, _merged(_plain(config), changes), "")
+    _refuse_unused(changed, list(names))
+    return changed
+
+
+def _refuse_unused(config: Config, names: Sequence[str]) -> None:
+    """What is asked of an engine that is not chosen would be passed over in silence."""
+    for name in names:
+        if name.startswith("parallel.deepspeed.") and config.parallel.engine != "deepspeed":
+            raise UserError(
+                f"--{name} is given and parallel.engine is {config.parallel.engine!r}; add --parallel.engine deepspeed"
+            )
 
 
 def from_yaml(kind: type[C], text: str, source: str = "") -> C:

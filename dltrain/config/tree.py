@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from dltrain.config.deepspeed import DeepSpeed
+from dltrain.config.deepspeed import DeepSpeed, refuse_other_layouts
 from dltrain.config.length import Length
 from dltrain.config.section import Section
 
@@ -205,19 +205,12 @@ class Parallel(Section):
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
     deepspeed: DeepSpeed = DeepSpeed()
+    """Settings of the engine of that name."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.engine != "deepspeed":
-            return self
-        if self.dp_shard != 1:
-            raise ValueError(
-                f"dp_shard is {self.dp_shard} and engine 'deepspeed', whose ZeRO shards over all ranks by itself; "
-                "leave parallel.dp_shard 1 and choose parallel.deepspeed.stage"
-            )
-        for name in ("tp", "pp", "cp"):
-            if getattr(self, name, 1) != 1:
-                raise ValueError(f"{name} is {getattr(self, name)} and engine 'deepspeed', which divides data alone")
+        if self.engine == "deepspeed":
+            refuse_other_layouts(self)
         return self
 
 

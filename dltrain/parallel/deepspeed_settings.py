@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dltrain import storage
-from dltrain.config import Config
+from dltrain.config import Config, Optim
 from dltrain.errors import UserError
 from dltrain.parallel.deepspeed_keys import refuse_unknown
 
@@ -57,17 +57,11 @@ def deepspeed_settings(config: Config, data_ranks: int, device: torch.device) ->
     tree = _read(path) if path else {}
     refuse_unknown(tree, path)
     given = {key: value for key, value in _leaves(tree) if value is not None and value != "auto"}
-    _refuse_no_place(given, path, config)
-    for key, ours, name in _agreed(config, data_ranks):
-        if given.get(key, ours) != ours and _spelt(given[key]) != ours:
-            raise UserError(
-                f"{key} is {given[key]!r} in {path} and {name} is {ours!r}; make them equal, or write 'auto' there"
-            )
-    for key, needed in _NEEDED.items():
-        if given.get(key, needed) != needed:
-            raise UserError(f"{key} is {given[key]!r} in {path} and must be {needed!r} here; leave it out")
-    agreed = {key for key, _, _ in _agreed(config, data_ranks)}
-    rest = {key: value for key, value in given.items() if key not in agreed and not key.startswith("optimizer.")}
+    agreed = _agreed(config, data_ranks)
+    for key, value in given.items():
+        _refuse_scheduler(key, value, path, config)
+        _refuse_difference(key, value, path, agreed)
+    rest = {key: value for key, value in given.items() if key not in agreed and key not in _NEEDED}
     return _nested(_defaults(device) | rest | _passed(config))
 
 
@@ -83,52 +77,70 @@ def _read(path: str) -> dict[str, Any]:
     return tree
 
 
-def _agreed(config: Config, data_ranks: int) -> Iterator[tuple[str, Any, str]]:
-    """Keys of the JSON that our config has a setting for: the key, our value, and our name for it."""
-    deepspeed, optim, bf16 = config.parallel.deepspeed, config.optim, config.precision.compute == "bf16"
+def _agreed(config: Config, data_ranks: int) -> dict[str, tuple[Any, str]]:
+    """Keys of the JSON that our config has a setting for: our value, and the words for it."""
+    deepspeed, precision = config.parallel.deepspeed, config.precision.compute
     share = -(-config.data.global_batch_size // data_ranks)
     micro = min(config.parallel.micro_batch or share, share)
-    yield "train_batch_size", config.data.global_batch_size, "data.global_batch_size"
-    yield "train_micro_batch_size_per_gpu", micro, "by parallel.micro_batch and the ranks it"
-    yield "gradient_accumulation_steps", -(-share // micro), "by parallel.micro_batch and the ranks it"
-    yield "gradient_clipping", optim.max_norm, "optim.max_norm"
-    for key in ("bf16", "bfloat16", "torch_autocast"):
-        yield f"{key}.enabled", bf16, "bf16 as precision.compute"
-    yield f"{_ZERO}.stage", deepspeed.stage, "parallel.deepspeed.stage"
-    for key, offload, name in (
-        ("offload_optimizer", deepspeed.offload_optimizer, "offload_optimizer"),
-        ("offload_param", deepspeed.offload_parameters, "offload_parameters"),
-    ):
-        yield f"{_ZERO}.{key}.device", "cpu" if offload else "none", f"by parallel.deepspeed.{name} it"
-    yield "optimizer.type", optim.name, "optim.name"
-    names = {"lr": "learning_rate", "weight_decay": "weight_decay"}
-    extra = ("betas", "eps") if optim.name == "adamw" else ("momentum", "nesterov")
-    for key, name in (names | {name: name for name in extra}).items():
+    split = f"parallel.micro_batch {config.parallel.micro_batch} on {data_ranks} rank(s) makes it"
+    agreed = {
+        "train_batch_size": (config.data.global_batch_size, "data.global_batch_size is"),
+        "train_micro_batch_size_per_gpu": (micro, split),
+        "gradient_accumulation_steps": (-(-share // micro), split),
+        "gradient_clipping": (config.optim.max_norm, "optim.max_norm is"),
+        f"{_ZERO}.stage": (deepspeed.stage, "parallel.deepspeed.stage is"),
+        **{f"{_ZERO}.{key}.device": (device, f"{name} makes it") for key, device, name in _offloads(config)},
+        **_optimizer(config.optim),
+    }
+    for section in ("bf16", "bfloat16", "torch_autocast"):
+        agreed[f"{section}.enabled"] = (precision == "bf16", f"precision.compute {precision} makes it")
+    return {key: (ours, f"{words} {ours!r}") for key, (ours, words) in agreed.items()}
+
+
+def _offloads(config: Config) -> Iterator[tuple[str, str, str]]:
+    """What may be kept in the host's memory: DeepSpeed's section, its device, and our name for it."""
+    deepspeed = config.parallel.deepspeed
+    kept = {"offload_optimizer": deepspeed.offload_optimizer, "offload_parameters": deepspeed.offload_parameters}
+    for name, on in kept.items():
+        key = "offload_param" if name == "offload_parameters" else name
+        yield key, "cpu" if on else "none", f"parallel.deepspeed.{name}"
+
+
+def _optimizer(optim: Optim) -> dict[str, tuple[Any, str]]:
+    values = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+    values |= {name: name for name in (("betas", "eps") if optim.name == "adamw" else ("momentum", "nesterov"))}
+    agreed: dict[str, tuple[Any, str]] = {"optimizer.type": (optim.name, "optim.name is")}
+    for key, name in values.items():
         value = getattr(optim, name)
-        yield f"optimizer.params.{key}", list(value) if isinstance(value, tuple) else value, f"optim.{name}"
+        agreed[f"optimizer.params.{key}"] = (list(value) if isinstance(value, tuple) else value, f"optim.{name} is")
+    return agreed
+
+
+def _refuse_scheduler(key: str, value: Any, path: str, config: Config) -> None:
+    if key.startswith("scheduler."):
+        raise UserError(
+            f"{key} is {value!r} in {path} and schedule.name is {config.schedule.name!r}, which sets the learning rate "
+            "before each step; remove the scheduler from the JSON"
+        )
+
+
+def _refuse_difference(key: str, value: Any, path: str, agreed: Mapping[str, tuple[Any, str]]) -> None:
+    if key.startswith(_NO_PLACE):
+        raise UserError(f"{key} is {value!r} in {path}: this engine is data parallel alone; remove it")
+    if key in _NEEDED and value != _NEEDED[key]:
+        raise UserError(f"{key} is {value!r} in {path} and must be {_NEEDED[key]!r} here; leave it out")
+    if key in agreed and agreed[key][0] not in (value, _spelt(value)):
+        raise UserError(f"{key} is {value!r} in {path} and {agreed[key][1]}; make them agree, or write 'auto' there")
+    if key.startswith("optimizer.") and key not in agreed and key not in _NEEDED:
+        raise UserError(
+            f"{key} is {value!r} in {path}, and {agreed['optimizer.type'][1]}, which has no such setting; remove it"
+        )
 
 
 def _spelt(value: Any) -> Any:
     """An optimizer by our name for it; DeepSpeed's Adam is AdamW unless `adam_w_mode` is false."""
     name = value.lower() if isinstance(value, str) else value
     return "adamw" if name == "adam" else name
-
-
-def _refuse_no_place(given: Mapping[str, Any], path: str, config: Config) -> None:
-    for key, value in given.items():
-        if key.startswith("scheduler."):
-            raise UserError(
-                f"{key} is {value!r} in {path} and schedule.name is {config.schedule.name!r}, which sets the learning "
-                "rate before each step; remove the scheduler from the JSON"
-            )
-        if key.startswith(_NO_PLACE):
-            raise UserError(f"{key} is {value!r} in {path}: this engine is data parallel alone; remove it")
-        if key.startswith("optimizer.") and key not in _optimizer_keys(config):
-            raise UserError(f"{key} is {value!r} in {path}, which optim.name {config.optim.name!r} has not; remove it")
-
-
-def _optimizer_keys(config: Config) -> set[str]:
-    return {key for key, _, _ in _agreed(config, 1)} | {"optimizer.params.adam_w_mode"}
 
 
 def _defaults(device: torch.device) -> dict[str, Any]:
@@ -144,16 +156,14 @@ def _defaults(device: torch.device) -> dict[str, Any]:
 def _passed(config: Config) -> dict[str, Any]:
     """What DeepSpeed is told whatever the JSON says. It counts neither samples nor micro-batches, for shares may be
     ragged, and it clips by the norm that each step is given."""
-    deepspeed, bf16 = config.parallel.deepspeed, config.precision.compute == "bf16"
-    offloads = {"offload_optimizer": deepspeed.offload_optimizer, "offload_param": deepspeed.offload_parameters}
     return {
         **_PASSED,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        f"{_ZERO}.stage": deepspeed.stage,
-        **{f"{_ZERO}.{key}.device": "cpu" if offload else "none" for key, offload in offloads.items()},
-        "torch_autocast.enabled": bf16,
+        f"{_ZERO}.stage": config.parallel.deepspeed.stage,
+        **{f"{_ZERO}.{key}.device": device for key, device, _ in _offloads(config)},
+        "torch_autocast.enabled": config.precision.compute == "bf16",
         "torch_autocast.dtype": "bfloat16",
         "torch_autocast.lower_precision_safe_modules": [],
     }

@@ -104,7 +104,7 @@ def _state_keys(optimizer: Optimizer) -> tuple[str, ...]:
 
 def _frozen(value: Tensor) -> Tensor:
     """A buffer, or a parameter that is not trained; ZeRO 3 shards those too."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([value], enabled=hasattr(value, "ds_tensor")):
         return value.detach().clone()

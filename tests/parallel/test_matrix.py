@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ QUICK = ("tp 2", "fsdp 2 x tp 2")
 
 def marks(family: str, name: str) -> list[pytest.MarkDecorator]:
     quick = not LAYOUTS[name].slow and (family == "vit" or name in QUICK)
-    return [] if quick else [pytest.mark.slow]
+    return [*([] if quick else [pytest.mark.slow]), *needs(name)]
+
+
+def needs(*names: str) -> list[pytest.MarkDecorator]:
+    deepspeed = any(name.startswith("deepspeed") for name in names)
+    return [pytest.mark.skipif(deepspeed and not find_spec("deepspeed"), reason="deepspeed is not installed")]
 
 
 CASES = [
@@ -67,12 +73,23 @@ CHANGES = [
     ("vit", "hsdp 2x2", "replicas 2 x tp 2", True),
     ("vit", "tp 4", "tp 2", True),
     ("patchtst", "fsdp 3, ragged", "tp 2", True),
+    ("vit", "deepspeed zero-3", "fsdp 2", False),
+    ("vit", "one", "deepspeed zero-2", True),
+    ("vit", "fsdp 2", "deepspeed zero-3, ragged", True),
+    ("patchtst", "deepspeed zero-2, offload", "ddp 2", True),
 ]
 
 
 @pytest.mark.parametrize(
     ("family", "before", "after"),
-    [pytest.param(*case[:3], marks=[pytest.mark.slow] if case[3] else [], id=" > ".join(case[:3])) for case in CHANGES],
+    [
+        pytest.param(
+            *case[:3],
+            marks=[*([pytest.mark.slow] if case[3] else []), *needs(*case[1:3])],
+            id=" > ".join(case[:3]),
+        )
+        for case in CHANGES
+    ],
 )
 def test_a_checkpoint_of_any_layout_goes_on_under_any_other(
     family: str, before: str, after: str, tmp_path: Path
