@@ -41,6 +41,11 @@ def deepspeed_engine(task: Task, model: nn.Module, config: Config, mesh: Mesh, d
     The model is whole on every rank before ZeRO shards it. Raises :class:`UserError` where DeepSpeed is missing or its
     JSON says something else than the config.
     """
+    if config.precision.compile and config.parallel.deepspeed.stage == 3:
+        raise UserError(
+            "precision.compile is true and parallel.deepspeed.stage is 3, whose hooks cannot be compiled "
+            "with it; take stage 2, or parallel.engine plain with parallel.dp_shard -1"
+        )
     deepspeed = import_deepspeed(device)
     settings = deepspeed_settings(config, mesh.data_ranks, device)
     if not dist.is_initialized():

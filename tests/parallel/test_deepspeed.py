@@ -330,7 +330,14 @@ def test_layouts_that_deepspeed_has_not_are_refused(overrides: dict[str, Any], w
         load_overrides(Config(), {f"parallel.{name}": value for name, value in overrides.items()})
 
 
+def test_compiled_zero_3_is_refused() -> None:
+    settings = {"parallel.engine": "deepspeed", "parallel.deepspeed.stage": 3, "precision.compile": True}
+    with pytest.raises(UserError, match=r"precision.compile is true and parallel.deepspeed.stage is 3, .* stage 2"):
+        build("vit", 0, 1, settings)
+
+
 def test_a_missing_package_is_told_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"pip install --no-build-isolation 'dltrain\[deepspeed\]'"):
         import_deepspeed(CPU)
