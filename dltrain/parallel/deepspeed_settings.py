@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from dltrain import storage
 from dltrain.config import Config, Optim
@@ -62,7 +64,9 @@ def deepspeed_settings(config: Config, data_ranks: int, device: torch.device) ->
         _refuse_scheduler(key, value, path, config)
         _refuse_difference(key, value, path, agreed)
     rest = {key: value for key, value in given.items() if key not in agreed and key not in _NEEDED}
-    return _nested(_defaults(device) | rest | _passed(config))
+    settings = _nested(_defaults(device) | rest | _passed(config))
+    _refuse_values(settings, path)
+    return settings
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -135,6 +139,20 @@ def _refuse_difference(key: str, value: Any, path: str, agreed: Mapping[str, tup
         raise UserError(
             f"{key} is {value!r} in {path}, and {agreed['optimizer.type'][1]}, which has no such setting; remove it"
         )
+
+
+def _refuse_values(settings: dict[str, Any], path: str) -> None:
+    """What DeepSpeed itself finds wrong with values, before it is given a model."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(deepcopy(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"DeepSpeed refuses {name} {first['input']!r} in {path}: {first['msg']}") from None
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+        raise UserError(f"DeepSpeed refuses {path}: {error}") from None
 
 
 def _spelt(value: Any) -> Any:
