@@ -28,6 +28,8 @@ benchmarks: $(STAMP)  ## quick benchmarks on this machine; results go to benchma
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	# its build asks the torch that is installed, so it comes after, and sees this environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation deepspeed
 	touch $@
 
 clean:

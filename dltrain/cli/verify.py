@@ -19,9 +19,8 @@ from dltrain.runtime.launch import RECIPE, launch
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}
 """40 times the rounding of fp32 measured over ten steps; what bf16 leaves."""
 
-_ONE_PROCESS = {
-    "parallel.dp_replicate": -1,
-    **dict.fromkeys(("parallel.dp_shard", "parallel.tp", "parallel.cp", "parallel.pp"), 1),
+_ONE_PROCESS = {"parallel.engine": "plain", "parallel.dp_replicate": -1} | {
+    f"parallel.{axis}": 1 for axis in ("dp_shard", "tp", "cp", "pp")
 }
 
 _WHAT = (
@@ -46,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     program, preset = [sys.executable, str(find(known.recipe)), "verify"], ["--preset", known.preset]
     threads = config.run.threads or max(1, cores() // known.nproc)
     whole = {"run.threads": threads, **overrides}
-    alone = {**whole, **_ONE_PROCESS}
+    alone = {name: value for name, value in whole.items() if not name.startswith("parallel.deepspeed.")} | _ONE_PROCESS
     with tempfile.TemporaryDirectory(prefix="dltrain-verify-") as folder:
         for name, settings, ranks in (("layout", whole, known.nproc), ("alone", alone, 1)):  # its refusals first
             place = Path(folder) / name

@@ -4,8 +4,10 @@ config = load_overrides(digits(), {"optim.learning_rate": "0.1"})
 assert from_yaml(Config, to_yaml(config)) == config
 """
 
+from dltrain.config.deepspeed import DeepSpeed
 from dltrain.config.length import Length
 from dltrain.config.load import from_tree, from_yaml, load_overrides, split_arguments, to_yaml
+from dltrain.config.section import Section
 from dltrain.config.tree import (
     Checkpoint,
     Config,
@@ -18,7 +20,6 @@ from dltrain.config.tree import (
     Precision,
     Run,
     Schedule,
-    Section,
     Source,
     Storage,
     preset,
@@ -28,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "Config",
     "Data",
+    "DeepSpeed",
     "Evaluation",
     "Length",
     "Logging",

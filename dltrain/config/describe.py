@@ -6,7 +6,8 @@ import inspect
 import textwrap
 from typing import Any, Literal, get_args, get_origin
 
-from dltrain.config.tree import Config, Section
+from dltrain.config.section import Section
+from dltrain.config.tree import Config
 
 
 def describe(config: Config) -> str:
@@ -23,6 +24,9 @@ def _describe_section(name: str, section: Section) -> str:
     lines = [f"{name}: {(inspect.getdoc(type(section)) or '').splitlines()[0]}"]
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
+        if isinstance(value, Section):
+            lines.append(_describe_section(f"{name}.{key}", value))
+            continue
         shown = value if value not in ("", ()) else "''"
         lines.append(f"  --{name}.{key} {_kind(field.annotation)} [{shown}]")
         lines.extend(textwrap.wrap(field.description or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6))

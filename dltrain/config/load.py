@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from dltrain.config.tree import Config, Section, Source
+from dltrain.config.section import Section
+from dltrain.config.tree import Config, Source
 from dltrain.errors import UserError, nearest
 
 C = TypeVar("C", bound=Config)
@@ -84,7 +85,18 @@ def load_overrides(config: C, overrides: Mapping[str, Any]) -> C:
         for part in path:
             inner = inner.setdefault(part, {})
         inner[last] = _parse(name, value, known[name])
-    return _validated(kind, _merged(_plain(config), changes), "")
+    changed = _validated(kind, _merged(_plain(config), changes), "")
+    _refuse_unused(changed, list(names))
+    return changed
+
+
+def _refuse_unused(config: Config, names: Sequence[str]) -> None:
+    """What is asked of an engine that is not chosen would be passed over in silence."""
+    for name in names:
+        if name.startswith("parallel.deepspeed.") and config.parallel.engine != "deepspeed":
+            raise UserError(
+                f"--{name} is given and parallel.engine is {config.parallel.engine!r}; add --parallel.engine deepspeed"
+            )
 
 
 def from_yaml(kind: type[C], text: str, source: str = "") -> C:
@@ -123,7 +135,8 @@ def explain(error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden" and "sources" in first["loc"]:
         return f"there is no setting {name!r}; {nearest(str(first['loc'][-1]), Source.model_fields)}"
-    found = "" if not name else f"--{name}: " if first["type"] == "missing" else f"--{name} is {first['input']!r}: "
+    whole = first["type"] == "missing" or isinstance(first["input"], dict | Section)
+    found = "" if not name else f"--{name}: " if whole else f"--{name} is {first['input']!r}: "
     return f"{found}{reason[0].lower()}{reason[1:]}"
 
 

@@ -14,24 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from dltrain.config.deepspeed import DeepSpeed, refuse_other_layouts
 from dltrain.config.length import Length
+from dltrain.config.section import Section
 
 NotNegative = Field(default=0, ge=0)
-
-
-class Section(BaseModel):
-    """A frozen, documented part of the tree; unknown keys are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields replaced; the whole is checked again."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**{**fields, **changes})
 
 
 class Run(Section):
@@ -201,6 +190,8 @@ class Precision(Section):
 class Parallel(Section):
     """How the ranks divide the work: degrees multiply to the number of ranks."""
 
+    engine: Literal["plain", "deepspeed"] = "plain"
+    """Who runs a step: torch's own DDP, FSDP2 and split layers, or DeepSpeed's ZeRO."""
     dp_replicate: int = Field(default=-1, ge=-1)
     """Replicas of the (sharded) model; -1 takes the ranks that are left, 1 where dp_shard takes them."""
     dp_shard: int = Field(default=1, ge=-1)
@@ -226,6 +217,14 @@ class Parallel(Section):
     pipeline as many micro-batches as it has stages, at least twice `pp`."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
+    deepspeed: DeepSpeed = DeepSpeed()
+    """Settings of the engine of that name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.engine == "deepspeed":
+            refuse_other_layouts(self)
+        return self
 
 
 class Checkpoint(Section):

@@ -14,6 +14,7 @@ from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.optim.optimizer import build_optimizer
 from dltrain.parallel.data import replicate, shard
+from dltrain.parallel.deepspeed.engine import DeepSpeedEngine, deepspeed_engine
 from dltrain.parallel.forward import inputs_of
 from dltrain.parallel.pipeline.engine import PipelineEngine
 from dltrain.parallel.pipeline.parts import Parts, part
@@ -32,7 +33,7 @@ Example = Callable[[], Batch]
 
 def parallelize(
     task: Task, config: Config, mesh: Mesh, device: torch.device, example: Example | None = None
-) -> PlainEngine | PipelineEngine:
+) -> PlainEngine | PipelineEngine | DeepSpeedEngine:
     """Build the model and spread it over the mesh.
 
     1. Build on the CPU under the run's seed: the same weights on every rank, whatever the layout.
@@ -42,9 +43,10 @@ def parallelize(
     4. Move to the device, in the memory format asked for.
     5. Split layers over the ranks of tensor parallelism; share tokens out over those of context parallelism.
     6. Compile: each unit where units are sharded, the whole model, or each stage, otherwise.
-    7. FSDP2 over the plan's units, or DDP for replicas alone. Replicas of split layers and of stages are FSDP2's too,
+    7. DeepSpeed, where it is chosen, which shards by itself and has the optimizer inside. Otherwise:
+    8. FSDP2 over the plan's units, or DDP for replicas alone. Replicas of split layers and of stages are FSDP2's too,
        in shards of one: DDP takes no split tensors, and a stage goes backward many times in a step.
-    8. The optimizer, last, for it must hold the parameters that are trained.
+    9. The optimizer, last, for it must hold the parameters that are trained.
     """
     seed_all(config.run.seed)
     model = task.model()
@@ -61,7 +63,8 @@ def parallelize(
     here = set(model.modules())
     units = [] if parts is not None and parts.size else [unit for unit in units if unit in here]
     model = model.to(device)
-    if config.precision.channels_last and not sharded:  # FSDP2 shards contiguous weights; inputs are enough
+    zero = config.parallel.engine == "deepspeed"
+    if config.precision.channels_last and not (sharded or zero):  # shards are of contiguous weights; inputs are enough
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     roles = [each for each in roles if each.module in here]
     if splits:
@@ -74,6 +77,8 @@ def parallelize(
     if config.precision.compile:
         for module in units if sharded else roots:
             module.compile()
+    if zero:
+        return deepspeed_engine(task, model, config, mesh, device)
     wrapped = model
     if sharded:
         for root in roots:

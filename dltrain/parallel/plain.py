@@ -55,7 +55,7 @@ class PlainEngine(Updating):
             piece = piece.to(self.device)
             with self._synchronised(place == len(pieces) - 1):
                 loss = torch.dot(self._losses(piece, self._wrapped)[1], piece.weight)
-                loss.backward(scale)  # type: ignore[no-untyped-call]
+                self._backward(loss, scale)
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             raise AssertionError("a batch has at least one sample")
@@ -85,6 +85,9 @@ class PlainEngine(Updating):
             self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
+
+    def _backward(self, loss: Tensor, scale: Tensor) -> None:
+        loss.backward(scale)  # type: ignore[no-untyped-call]
 
     def _losses(self, batch: Batch, model: nn.Module) -> tuple[Any, Tensor]:
         inputs = inputs_of(self._task, batch, self._precision)

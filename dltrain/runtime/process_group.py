@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dltrain.config import Config
 from dltrain.errors import UserError
@@ -52,6 +53,11 @@ def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
     # not after an error: leaving the group may wait for ranks that wait for this one
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def join_alone(device: torch.device) -> None:
+    """A process group of this process alone, for libraries that know no other way to be one process."""
+    dist.init_process_group(backend_for(device), store=HashStore(), rank=0, world_size=1)
 
 
 def _check_rendezvous(variables: Mapping[str, str]) -> None:

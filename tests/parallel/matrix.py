@@ -47,6 +47,10 @@ def layout(ranks: int, slow: bool = False, **settings: Any) -> Layout:
     return Layout(ranks, {f"parallel.{name}": value for name, value in settings.items()}, slow)
 
 
+def zero(ranks: int, stage: int, slow: bool = False, **settings: Any) -> Layout:
+    return layout(ranks, slow, engine="deepspeed", **{"deepspeed.stage": stage}, **settings)
+
+
 LAYOUTS = {
     "ddp 2": layout(2),
     "ddp 3, ragged": layout(3, slow=True),
@@ -87,6 +91,12 @@ LAYOUTS = {
     "pp 2 x tp 2, zero bubble": layout(4, slow=True, pp=2, tp=2, schedule="interleaved_zero_bubble"),
     "pp 2 x fsdp 2 x tp 2": layout(8, slow=True, pp=2, dp_shard=2, tp=2),
     "pp 2 x fsdp 2 x tp 2, zb-v": layout(8, slow=True, pp=2, dp_shard=2, tp=2, schedule="zbv_zero_bubble"),
+    "deepspeed zero-0": zero(2, 0, slow=True, micro_batch=2),
+    "deepspeed zero-1": zero(2, 1, slow=True),
+    "deepspeed zero-2": zero(2, 2, slow=True),
+    "deepspeed zero-2, offload": zero(2, 2, slow=True, micro_batch=2, **{"deepspeed.offload_optimizer": True}),
+    "deepspeed zero-3": zero(2, 3),
+    "deepspeed zero-3, ragged": zero(3, 3, slow=True, micro_batch=2),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from dltrain.parallel.apply import parallelize
 from dltrain.readings import Readings
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.process_group import set_numerics
+from dltrain.testing.ranks import run_ranks
 from tests.parallel.test_engine import Regression, share_of
 
 pytestmark = pytest.mark.gpu
@@ -48,6 +51,17 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     found, weights = losses("cuda", poison=2)
     assert sum(value != value for value in found) == 1
     assert all(bool(weight.isfinite().all()) for weight in weights)
+
+
+def zero_losses(rank: int, settings: dict[str, str]) -> list[float]:
+    return losses("cuda", parallel__engine="deepspeed", **settings)[0]
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+@pytest.mark.parametrize(("stage", "offload"), [("0", "false"), ("1", "false"), ("2", "true"), ("3", "true")])
+def test_zero_on_a_gpu_gives_the_losses_of_the_cpu(stage: str, offload: str) -> None:
+    settings = {"parallel__deepspeed__stage": stage, "parallel__deepspeed__offload_optimizer": offload}
+    assert run_ranks(zero_losses, 1, settings)[0] == pytest.approx(losses("cpu")[0], abs=1e-4)
 
 
 def test_a_deterministic_run_repeats_its_bits() -> None:

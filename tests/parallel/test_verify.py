@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 from dltrain.verification import Recorded, compare
 from tests.conftest import TINY, Cli
+
+DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+ZERO = ("image/classify", "--preset", "vit-tiny", "--parallel.engine", "deepspeed", "--parallel.deepspeed.stage", "3")
 
 
 @pytest.mark.parametrize(
@@ -21,8 +25,11 @@ from tests.conftest import TINY, Cli
             ("timeseries/forecast", "--preset", "co2-patchtst", "--nproc", "2", "--parallel.dp_shard", "2"),
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            ZERO, marks=[pytest.mark.slow, pytest.mark.skipif(not find_spec("deepspeed"), reason="no deepspeed")]
+        ),
     ],
-    ids=["fsdp 2 x tp 2", "ddp 2, dropout and batch norm", "fsdp 2"],
+    ids=["fsdp 2 x tp 2", "ddp 2, dropout and batch norm", "fsdp 2", "deepspeed zero-3"],
 )
 def test_layouts_of_our_recipes_are_the_same(cli: Cli, words: tuple[str, ...], tmp_path: Path) -> None:
     done = cli("verify", *words, "--steps", "4")

@@ -1,0 +1,1 @@
+"""DeepSpeed as an engine: ZeRO and offload, data parallel."""
