@@ -13,27 +13,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.case import Case
-from dltrain.config import Config, Data, Length, Optim, Precision, Run, Schedule
+from dltrain.config import Config, Data, Length, Optim, Parallel, Precision, Run, Schedule
 from dltrain.data.batch import Batch
 from dltrain.data.loader import Loader
 from dltrain.hooks.base import Hook
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
+from dltrain.parallel.plan import Plan
 from dltrain.runtime.environment import Environment
 from dltrain.task import Task
 from dltrain.trainer import Trainer
 
 
 class OurLoop:
-    """An engine, and for every call of :meth:`prepare` a trainer over it. ``hooks`` watch every one of them."""
+    """An engine, and for every call of :meth:`prepare` a trainer over it. ``hooks`` watch every one of them.
 
-    def __init__(self, case: Case, hooks: Sequence[Hook] = ()) -> None:
-        self._config = config_of(case)
-        self._task = _CaseTask(self._config, case)
-        self._engine = parallelize(
-            self._task, self._config, build_mesh(self._config.parallel, Environment(), case.device), case.device
-        )
+    With ``parallel`` and the ``plan`` of the model, on the rank that ``environment`` says.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        hooks: Sequence[Hook] = (),
+        parallel: Parallel | None = None,
+        plan: Plan | None = None,
+        environment: Environment | None = None,
+    ) -> None:
+        self._config = config_of(case).replace(parallel=parallel or Parallel())
+        self._task = _CaseTask(self._config, case, plan)
         self._batch, self._hooks = _batch_of(case), hooks
+        mesh = build_mesh(self._config.parallel, environment or Environment(), case.device)
+        self._engine = parallelize(self._task, self._config, mesh, case.device, lambda: self._batch)
         self.model: nn.Module = self._engine.model
 
     def prepare(self, steps: int) -> Callable[[], object]:
@@ -90,9 +100,12 @@ def config_of(case: Case) -> Config:
 
 
 class _CaseTask(Task):
-    def __init__(self, config: Config, case: Case) -> None:
+    def __init__(self, config: Config, case: Case, plan: Plan | None) -> None:
         super().__init__(config)
-        self._case = case
+        self._case, self._plan = case, plan
+
+    def plan(self) -> Plan | None:
+        return self._plan
 
     def model(self) -> nn.Module:
         return self._case.build()

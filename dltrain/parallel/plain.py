@@ -42,6 +42,7 @@ class PlainEngine(Updating):
         self._data_ranks = mesh.data_ranks
         self._micro_batch = config.parallel.micro_batch
         self._precision = config.precision
+        self._settled = False
         self._syncs = isinstance(wrapped, DistributedDataParallel | FSDPModule)
 
     def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
@@ -76,9 +77,9 @@ class PlainEngine(Updating):
     def settle(self, peek: Callable[[], Batch]) -> None:
         """DDP orders its buckets anew after the first backward pass, and with three or more ranks another order gives
         another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike."""
-        if not isinstance(self._wrapped, DistributedDataParallel):
+        if self._settled or not isinstance(self._wrapped, DistributedDataParallel):
             return
-        batch = peek()
+        self._settled, batch = True, peek()
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         for _ in range(2):
             self.forward_backward(batch, torch.ones((), device=self.device))
