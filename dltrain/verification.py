@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dltrain import storage
+from dltrain.checkpoint.weights import starting_weights
 from dltrain.config import Config, Length, Schedule
 from dltrain.hooks.base import Hook, View
 from dltrain.job_data import Place, open_data, train_loader
@@ -78,7 +79,7 @@ def record_steps(task: type[Task], config: Config, environment: Environment, fol
         mesh = build_mesh(config.parallel, environment, device)
         data = open_data(config.replace(data=config.data.replace(evaluation="")), still, environment)
         loader = train_loader(data, Place(config, still, environment, mesh, device), folder / "quarantine")
-        engine = parallelize(still, config, mesh, device, loader.peek)
+        engine = parallelize(still, config, mesh, device, loader.peek, starting_weights(config, environment))
         seen = _Recorder()
         Trainer(config, still, engine, loader, hooks=[seen], random_stream=mesh.random_stream).fit()
         if mesh.first_of_part:

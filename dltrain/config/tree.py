@@ -146,6 +146,17 @@ class Storage(Section):
 class Model(Section):
     """The model; each recipe has its own fields here."""
 
+    weights: str = ""
+    """Start from these: a safetensors or torch file (here or s3://), a run's folder, or that of a checkpoint."""
+    weights_skip: tuple[str, ...] = ()
+    """Parameter-name patterns left at their initial values, such as 'head.*'; each must match something."""
+
+    @model_validator(mode="after")
+    def _skips_something(self) -> Self:
+        if self.weights_skip and not self.weights:
+            raise ValueError("weights_skip leaves out some of `weights`, and none are given; give model.weights, too")
+        return self
+
 
 class Optim(Section):
     """The optimizer, always in its fused form."""

@@ -21,6 +21,7 @@ from dltrain.parallel.plain import PlainEngine
 from dltrain.parallel.plan import Plan
 from dltrain.parallel.tensor import split, splits_of
 from dltrain.parallel.update import trained
+from dltrain.parallel.weights import Weights
 from dltrain.runtime.seeds import seed_all
 from dltrain.task import Task
 
@@ -29,11 +30,17 @@ Example = Callable[[], Batch]
 
 
 def parallelize(
-    task: Task, config: Config, mesh: Mesh, device: torch.device, example: Example | None = None
+    task: Task,
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    example: Example | None = None,
+    weights: Weights | None = None,
 ) -> PlainEngine | PipelineEngine:
     """Build the model and spread it over the mesh.
 
-    1. Build on the CPU under the run's seed: the same weights on every rank, whatever the layout.
+    1. Build on the CPU under the run's seed, and fill in ``weights`` that were trained before: the same on every rank,
+       whatever the layout.
     2. Find what the plan names, in the whole model.
     3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``, which a pipeline
        alone needs.
@@ -48,6 +55,8 @@ def parallelize(
     model = task.model()
     if not isinstance(model, nn.Module):
         raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
+    if weights is not None:
+        weights.fill(model)
     plan, names = task.plan() or Plan.auto(model), trained(model)
     units = plan.modules(model)
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []

@@ -14,14 +14,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dltrain import Batch, Config, Plan, Sample, Section, Task, main, preset
-from dltrain.config import Data, Evaluation, Length, Logging, Optim, Run, Schedule
+from dltrain import Batch, Config, Plan, Sample, Task, main, preset
+from dltrain.config import Data, Evaluation, Length, Logging, Model, Optim, Run, Schedule
 from dltrain.data.decode import decode_field, decode_label, encode_crop
 from dltrain.metrics.classification import Classification
 from dltrain.models.vision import small_cnn, vit
 
 
-class ClassifyModel(Section):
+class ClassifyModel(Model):
     """The network, and what its images look like."""
 
     name: Literal["small_cnn", "vit"] = "small_cnn"

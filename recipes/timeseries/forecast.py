@@ -13,14 +13,14 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dltrain import Batch, Config, Plan, Sample, Section, Task, main, preset
-from dltrain.config import Data, Evaluation, Length, Logging, Optim, Run, Schedule
+from dltrain import Batch, Config, Plan, Sample, Task, main, preset
+from dltrain.config import Data, Evaluation, Length, Logging, Model, Optim, Run, Schedule
 from dltrain.data.windows import Window
 from dltrain.metrics.forecasting import Forecasting
 from dltrain.models.timeseries import dlinear, patchtst
 
 
-class ForecastModel(Section):
+class ForecastModel(Model):
     """The network, and the windows it sees."""
 
     name: Literal["dlinear", "patchtst"] = "dlinear"
