@@ -139,13 +139,14 @@ def _without_chance(task: type[Task]) -> type[Task]:
     class Still(task):  # type: ignore[valid-type, misc]
         def model(self) -> nn.Module:
             model = super().model()
-            return _stilled(model) if isinstance(model, nn.Module) else model
+            return stilled(model) if isinstance(model, nn.Module) else model
 
     Still.__name__ = task.__name__
     return Still
 
 
-def _stilled(model: nn.Module) -> nn.Module:
+def stilled(model: nn.Module) -> nn.Module:
+    """The model, changed in place to do the same in every forward pass, and for every sample by itself."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
             setattr(module, "p", 0.0)  # noqa: B010  of several types

@@ -203,6 +203,8 @@ class Precision(Section):
     """bf16 keeps fp32 master weights and fp32 gradient reduction."""
     matmul: Literal["highest", "high"] = "highest"
     """'high' lets fp32 matrix products use TF32 on a GPU."""
+    batch_norm: Literal["local", "synchronised"] = "local"
+    """Statistics of batch norm in training: of each rank's own samples, or of all data ranks' (of one micro-batch)."""
     compile: bool = False
     """Compile the model with torch.compile."""
     channels_last: bool = False

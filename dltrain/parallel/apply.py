@@ -12,6 +12,7 @@ from dltrain.data.batch import Batch
 from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.optim.optimizer import build_optimizer
+from dltrain.parallel.batch_norm import synchronise
 from dltrain.parallel.data import replicate, shard
 from dltrain.parallel.forward import inputs_of
 from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
@@ -43,7 +44,7 @@ def parallelize(
        whatever the layout.
     2. Find what the plan names, in the whole model.
     3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``, which a pipeline
-       alone needs.
+       alone needs. Batch norms take their statistics over all data ranks, if they are to.
     4. Move to the device, in the memory format asked for.
     5. Split layers over the ranks of tensor parallelism.
     6. Compile: each unit where units are sharded, the whole model, or each stage, otherwise.
@@ -62,6 +63,8 @@ def parallelize(
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
     sharded = mesh.dp_shard > 1 or (mesh.data_ranks > 1 and mesh.tp * mesh.pp > 1)
     parts = _part(task, model, plan, config, mesh, device, example) if mesh.pp > 1 else None
+    if config.precision.batch_norm == "synchronised":
+        synchronise(model, mesh.data_group())
     here = set(model.modules())
     units = [unit for unit in units if unit in here]
     model = model.to(device)
