@@ -169,6 +169,8 @@ class Optim(Section):
     """Decoupled decay (AdamW) or L2 (SGD), for parameters of two or more dimensions."""
     no_decay: tuple[str, ...] = ()
     """Further parameter-name patterns left without decay, such as '*.position'; each must match something."""
+    frozen: tuple[str, ...] = ()
+    """Parameter-name patterns that are not trained, such as 'blocks.*'; each must match something."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)

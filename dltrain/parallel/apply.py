@@ -11,6 +11,7 @@ from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.errors import UserError
 from dltrain.mesh import Mesh
+from dltrain.optim.freezing import freeze
 from dltrain.optim.optimizer import build_optimizer
 from dltrain.parallel.batch_norm import synchronise
 from dltrain.parallel.data import replicate, shard
@@ -21,6 +22,7 @@ from dltrain.parallel.pipeline.schedule import build, micro_batches, stages_per_
 from dltrain.parallel.plain import PlainEngine
 from dltrain.parallel.plan import Plan
 from dltrain.parallel.tensor import split, splits_of
+from dltrain.parallel.ties import refuse_split_ties, self_contained
 from dltrain.parallel.update import trained
 from dltrain.parallel.weights import Weights
 from dltrain.runtime.seeds import seed_all
@@ -41,7 +43,7 @@ def parallelize(
     """Build the model and spread it over the mesh.
 
     1. Build on the CPU under the run's seed, and fill in ``weights`` that were trained before: the same on every rank,
-       whatever the layout.
+       whatever the layout. What is frozen is so from here on.
     2. Find what the plan names, in the whole model.
     3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``, which a pipeline
        alone needs. Batch norms take their statistics over all data ranks, if they are to.
@@ -58,9 +60,11 @@ def parallelize(
         raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
     if weights is not None:
         weights.fill(model)
+    freeze(model, config.optim.frozen)
     plan, names = task.plan() or Plan.auto(model), trained(model)
     units = plan.modules(model)
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
+    refuse_split_ties(model, splits)
     sharded = mesh.dp_shard > 1 or (mesh.data_ranks > 1 and mesh.tp * mesh.pp > 1)
     parts = _part(task, model, plan, config, mesh, device, example) if mesh.pp > 1 else None
     if config.precision.batch_norm == "synchronised":
@@ -80,7 +84,7 @@ def parallelize(
     if sharded:
         for root in roots:
             mine = set(root.modules())
-            shard(root, [unit for unit in units if unit in mine], mesh, config)
+            shard(root, self_contained(root, [unit for unit in units if unit in mine]), mesh, config)
     elif parts is None and mesh.dp_replicate > 1:
         wrapped = replicate(model, device)
     optimizer = build_optimizer(model, config.optim, names)

@@ -45,7 +45,10 @@ def splits_of(model: nn.Module, plan: Plan, ranks: int) -> list[Split]:
 def split(splits: Iterable[Split], mesh: DeviceMesh) -> None:
     """Split the layers in place; the weights stay those the model has, the same on every rank."""
     for each in splits:
+        trained = {name: parameter.requires_grad for name, parameter in each.layer.named_parameters()}
         parallelize_module(each.layer, mesh, _STYLES[each.style]())
+        for name, parameter in each.layer.named_parameters():  # some versions of torch forget what is frozen
+            parameter.requires_grad_(trained[name])
 
 
 def _divisible(model: nn.Module, name: str, module: nn.Module, style: str, ranks: int) -> nn.Linear:
