@@ -16,6 +16,7 @@ from dltrain.optim.optimizer import build_optimizer
 from dltrain.parallel.batch_norm import synchronise
 from dltrain.parallel.data import replicate, shard
 from dltrain.parallel.forward import inputs_of
+from dltrain.parallel.own import brings_its_own, parallelize_by_task
 from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
 from dltrain.parallel.pipeline.engine import Parts, PipelineEngine
 from dltrain.parallel.pipeline.schedule import build, micro_batches, stages_per_rank
@@ -43,7 +44,8 @@ def parallelize(
     """Build the model and spread it over the mesh.
 
     1. Build on the CPU under the run's seed, and fill in ``weights`` that were trained before: the same on every rank,
-       whatever the layout. What is frozen is so from here on.
+       whatever the layout. What is frozen is so from here on. A task that spreads its model by itself does so now,
+       instead of what follows.
     2. Find what the plan names, in the whole model.
     3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``, which a pipeline
        alone needs. Batch norms take their statistics over all data ranks, if they are to.
@@ -54,13 +56,9 @@ def parallelize(
        in shards of one: DDP takes no split tensors, and a stage goes backward many times in a step.
     8. The optimizer, last, for it must hold the parameters that are trained.
     """
-    seed_all(config.run.seed)
-    model = task.model()
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
-    if weights is not None:
-        weights.fill(model)
-    freeze(model, config.optim.frozen)
+    model = _built(task, config, weights)
+    if brings_its_own(task) and mesh.devices is not None:
+        return parallelize_by_task(task, model, config, mesh, device)
     plan, names = task.plan() or Plan.auto(model), trained(model)
     units = plan.modules(model)
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
@@ -91,6 +89,18 @@ def parallelize(
     if parts is not None:
         return PipelineEngine(task, parts, optimizer, config, device, mesh)
     return PlainEngine(task, model, wrapped, optimizer, config, device, mesh)
+
+
+def _built(task: Task, config: Config, weights: Weights | None) -> nn.Module:
+    """The whole model on the CPU, with the weights it starts from."""
+    seed_all(config.run.seed)
+    model = task.model()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
+    if weights is not None:
+        weights.fill(model)
+    freeze(model, config.optim.frozen)
+    return model
 
 
 def _part(
