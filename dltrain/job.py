@@ -25,7 +25,8 @@ from typing import IO, Any, TypeVar, cast
 import torch.distributed as dist
 
 from dltrain import storage
-from dltrain.checkpoint.checkpointer import Checkpointer, read_state, step_folder
+from dltrain.checkpoint.checkpointer import Checkpointer, committed, read_state, step_folder
+from dltrain.checkpoint.weights import starting_weights, wants_weights
 from dltrain.config import Config, from_tree, load_overrides, split_arguments, to_yaml
 from dltrain.data.reader import Dataset
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
@@ -36,6 +37,7 @@ from dltrain.hooks.records import Records
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
+from dltrain.parallel.weights import Weights
 from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
 from dltrain.runtime.environment import Environment
@@ -94,10 +96,11 @@ def train(job: Job) -> int:
         loader = train_loader(data, place, run.quarantine)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
         hooks = _hooks(job, task, run)
+        weights = None if _goes_on(job, run) else starting_weights(job.config, job.environment)
         trainer = Trainer(
             job.config,
             task,
-            parallelize(task, job.config, mesh, device, loader.peek),
+            parallelize(task, job.config, mesh, device, loader.peek, weights),
             loader,
             evaluation=evaluation_loader(data.held_out, place) if data.held_out else None,
             checkpointer=checkpointer,
@@ -106,8 +109,8 @@ def train(job: Job) -> int:
             random_stream=mesh.random_stream,
         )
         with _held(job, run):
-            _resume(job, trainer, checkpointer)
-            with _recorded(job, run, data.train, hooks):
+            _resume(job, run, trainer, checkpointer)
+            with _recorded(job, run, data.train, hooks, weights):
                 status = trainer.fit()
                 return _conclude(job, run, trainer, status, time.monotonic() - started, hooks)
 
@@ -197,9 +200,12 @@ def _held(job: Job, run: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(job: Job, run: RunFolder, dataset: Dataset, hooks: list[Hook]) -> Iterator[None]:
+def _recorded(job: Job, run: RunFolder, dataset: Dataset, hooks: list[Hook], weights: Weights | None) -> Iterator[None]:
     """``run.json`` says that the run goes on, and how it ended if it fails; hooks are closed either way."""
     _record_start(job, run, dataset)
+    if weights is not None and weights.match is not None and job.environment.is_main:
+        say(job.environment, str(weights.match))
+        run.update(weights=weights.match.record())
     try:
         yield
     except BaseException:
@@ -224,11 +230,18 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
     return hooks
 
 
-def _resume(job: Job, trainer: Trainer, checkpointer: Checkpointer) -> None:
+def _goes_on(job: Job, run: RunFolder) -> bool:
+    """Whether a checkpoint will give the weights."""
+    return job.config.run.resume != "never" and _agreed(job, lambda: bool(committed(run.checkpoints)))
+
+
+def _resume(job: Job, run: RunFolder, trainer: Trainer, checkpointer: Checkpointer) -> None:
     if job.config.run.resume == "never":
         return
     path = checkpointer.latest()
     if path is None:
+        if wants_weights(job.config) and _goes_on(job, run):
+            raise UserError(f"no checkpoint of {run.path} is whole; start a new run from model.weights")
         return
     refuse_resume(job.config, read_channels(), job.environment.nodes)
     state = read_state(path)

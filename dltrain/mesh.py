@@ -112,6 +112,18 @@ class Mesh:
         """The ranks that hold the same part of the model, in whole or in shards; ``None`` for one alone."""
         return self._stage_group
 
+    @cached_property
+    def _data_group(self) -> dist.ProcessGroup | None:
+        if self.data_ranks == 1:
+            return None
+        if self.tp * self.pp == 1:
+            return dist.group.WORLD
+        return self._axes("dp_replicate", "shard")._flatten("data").get_group()
+
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same as this one and see other samples; ``None`` for one alone."""
+        return self._data_group
+
     def _axes(self, *names: str) -> DeviceMesh:
         if self.devices is None:
             raise AssertionError("a mesh of one rank has no axes")

@@ -19,6 +19,8 @@ from dltrain.data.sample import Sample
 from dltrain.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from dltrain.config import Config
     from dltrain.data.windows import Window
     from dltrain.hooks.base import Hook
@@ -92,3 +94,13 @@ class Task:
     def plan(self) -> Plan | None:
         """How the model is sharded; ``None`` finds its blocks by structure (``Plan.auto``)."""
         return None
+
+    def parallelize(self, model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module:
+        """Spread the model over the ranks by your own hand, in place of what the library does by the plan.
+
+        Called on more than one rank, if you define it, with the whole model on the device and torch's mesh of the axes
+        ``pp``, ``dp_replicate``, ``dp_shard`` and ``tp``. Return the model by ``fully_shard`` or in
+        ``DistributedDataParallel``, over ``mesh["dp_replicate", "dp_shard"]``, its parameters under the names they
+        have; bf16 (``MixedPrecisionPolicy``) and compilation are yours, too.
+        """
+        raise AssertionError("called where a task defines it")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dltrain import storage
+from dltrain.checkpoint.weights import starting_weights
 from dltrain.config import Config, Length, Schedule
 from dltrain.hooks.base import Hook, View
 from dltrain.job_data import Place, open_data, train_loader
@@ -78,7 +79,7 @@ def record_steps(task: type[Task], config: Config, environment: Environment, fol
         mesh = build_mesh(config.parallel, environment, device)
         data = open_data(config.replace(data=config.data.replace(evaluation="")), still, environment)
         loader = train_loader(data, Place(config, still, environment, mesh, device), folder / "quarantine")
-        engine = parallelize(still, config, mesh, device, loader.peek)
+        engine = parallelize(still, config, mesh, device, loader.peek, starting_weights(config, environment))
         seen = _Recorder()
         Trainer(config, still, engine, loader, hooks=[seen], random_stream=mesh.random_stream).fit()
         if mesh.first_of_part:
@@ -138,13 +139,14 @@ def _without_chance(task: type[Task]) -> type[Task]:
     class Still(task):  # type: ignore[valid-type, misc]
         def model(self) -> nn.Module:
             model = super().model()
-            return _stilled(model) if isinstance(model, nn.Module) else model
+            return stilled(model) if isinstance(model, nn.Module) else model
 
     Still.__name__ = task.__name__
     return Still
 
 
-def _stilled(model: nn.Module) -> nn.Module:
+def stilled(model: nn.Module) -> nn.Module:
+    """The model, changed in place to do the same in every forward pass, and for every sample by itself."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
             setattr(module, "p", 0.0)  # noqa: B010  of several types

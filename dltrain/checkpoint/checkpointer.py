@@ -66,7 +66,7 @@ class Checkpointer:
     def load(self, path: Path, engine: Engine) -> dict[str, Any]:
         """Give the engine its tensors and return the rest of the state; collective. Raises :class:`UserError`."""
         if path != self._checked:
-            self._refuse_damaged(path)
+            self.refuse_damaged(path)
         state = engine.state_dict()
         load_tensors(path, state)
         engine.load_state_dict(state)
@@ -94,6 +94,12 @@ class Checkpointer:
             warn(self._environment, f"passing over {path}: {damage[0]}")
         return None
 
+    def refuse_damaged(self, path: Path) -> None:
+        """Check sizes and checksums of its files, each on one rank; collective. Raises :class:`UserError`."""
+        damage = [found for found in _gather(self._damage(path)) if found]
+        if damage:
+            raise UserError(f"the checkpoint {path} is damaged: {damage[0]}; take another one")
+
     def best(self) -> Path | None:
         """The checkpoint marked best, as rank 0 sees it; collective."""
         found: Path | None = _from_main(best_checkpoint(self.folder))
@@ -116,11 +122,6 @@ class Checkpointer:
     def _drop(path: Path) -> None:
         (path / COMMITTED).unlink()
         shutil.rmtree(path)
-
-    def _refuse_damaged(self, path: Path) -> None:
-        damage = [found for found in _gather(self._damage(path)) if found]
-        if damage:
-            raise UserError(f"the checkpoint {path} is damaged: {damage[0]}; resume from another one")
 
     def _refuse_unshared(self, path: Path) -> None:
         """Ranks that do not see what rank 0 has written could never load it."""

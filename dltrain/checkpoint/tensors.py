@@ -57,9 +57,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
+    _metadata: Metadata | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _Unpickler(file).load()
+        if self._metadata is None:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                self._metadata = _Unpickler(file).load()
+        metadata = self._metadata
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -104,6 +108,31 @@ def _never_stepped(tensors: dict[str, Tensor], saved: Mapping[str, Any]) -> list
     with_state = {name.rpartition("/")[0] for name in saved if name.startswith("optimizer/")}
     missing = [name for name in states if name.rpartition("/")[0] not in with_state]
     return missing if len(missing) < len(states) else []
+
+
+class CheckpointTensors:
+    """The model's tensors of a checkpoint, each whole and on the CPU, read one at a time by this process alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.origin = str(folder)
+        self._reader = _Reader(folder)
+        try:
+            saved = self._reader.read_metadata().state_dict_metadata
+        except (pickle.UnpicklingError, OSError, EOFError, AttributeError) as error:
+            raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
+        self._entries = {
+            name.removeprefix("model/"): entry
+            for name, entry in saved.items()
+            if name.startswith("model/") and isinstance(entry, TensorStorageMetadata)
+        }
+        self.shapes = {name: tuple(entry.size) for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with _quiet():
+            load({f"model/{name}": tensor}, storage_reader=self._reader, no_dist=True)
+        return tensor
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -135,6 +135,17 @@ class Storage(Section):
 class Model(Section):
     """The model; each recipe has its own fields here."""
 
+    weights: str = ""
+    """Start from these: a safetensors or torch file (here or s3://), a run's folder, or that of a checkpoint."""
+    weights_skip: tuple[str, ...] = ()
+    """Parameter-name patterns left at their initial values, such as 'head.*'; each must match something."""
+
+    @model_validator(mode="after")
+    def _skips_something(self) -> Self:
+        if self.weights_skip and not self.weights:
+            raise ValueError("weights_skip leaves out some of `weights`, and none are given; give model.weights, too")
+        return self
+
 
 class Optim(Section):
     """The optimizer, always in its fused form."""
@@ -147,6 +158,8 @@ class Optim(Section):
     """Decoupled decay (AdamW) or L2 (SGD), for parameters of two or more dimensions."""
     no_decay: tuple[str, ...] = ()
     """Further parameter-name patterns left without decay, such as '*.position'; each must match something."""
+    frozen: tuple[str, ...] = ()
+    """Parameter-name patterns that are not trained, such as 'blocks.*'; each must match something."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
@@ -181,6 +194,8 @@ class Precision(Section):
     """bf16 keeps fp32 master weights and fp32 gradient reduction."""
     matmul: Literal["highest", "high"] = "highest"
     """'high' lets fp32 matrix products use TF32 on a GPU."""
+    batch_norm: Literal["local", "synchronised"] = "local"
+    """Statistics of batch norm in training: of each rank's own samples, or of all data ranks' (of one micro-batch)."""
     compile: bool = False
     """Compile the model with torch.compile."""
     channels_last: bool = False

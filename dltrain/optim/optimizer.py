@@ -30,7 +30,8 @@ def build_optimizer(model: nn.Module, config: Optim, names: Sequence[str] | None
         {"params": [p for n, p in named if _decays(n, p, config)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not _decays(n, p, config)], "weight_decay": 0.0},
     ]
-    groups = [part for group in groups for part in _by_mesh(group)]
+    # a stage of a pipeline may have nothing to train, and torch refuses no groups, not empty ones
+    groups = [part for group in groups for part in _by_mesh(group)] or groups
     if config.name == "adamw":
         return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     # torch has no fused SGD for sharded tensors

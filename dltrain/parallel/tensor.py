@@ -55,7 +55,10 @@ def split(splits: Iterable[Split], mesh: DeviceMesh, sequence: bool) -> None:
         "row": RowwiseParallel(output_layouts=Shard(_TOKENS) if sequence else None),
     }
     for each in splits:
+        trained = {name: parameter.requires_grad for name, parameter in each.layer.named_parameters()}
         parallelize_module(each.layer, mesh, styles[each.style])
+        for name, parameter in each.layer.named_parameters():  # some versions of torch forget what is frozen
+            parameter.requires_grad_(trained[name])
 
 
 def _refuse_indivisible(model: nn.Module, name: str, module: nn.Module, style: str, ranks: int) -> None:

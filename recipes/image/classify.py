@@ -14,18 +14,18 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dltrain import Batch, Config, Plan, Sample, Section, Task, main, preset
-from dltrain.config import Data, Evaluation, Length, Logging, Optim, Run, Schedule
+from dltrain import Batch, Config, Plan, Sample, Task, main, preset
+from dltrain.config import Data, Evaluation, Length, Logging, Model, Optim, Run, Schedule
 from dltrain.data.decode import decode_field, decode_label, encode_crop
 from dltrain.metrics.classification import Classification
-from dltrain.models.vision import small_cnn, vit
+from dltrain.models.vision import convnext, resnet, small_cnn, vit
 
 
-class ClassifyModel(Section):
+class ClassifyModel(Model):
     """The network, and what its images look like."""
 
-    name: Literal["small_cnn", "vit"] = "small_cnn"
-    """A small convolutional network, or a vision transformer."""
+    name: Literal["small_cnn", "vit", "resnet18", "resnet50", "convnext_tiny"] = "small_cnn"
+    """A small convolutional network, a vision transformer, or torchvision's of that name (grey images are repeated)."""
     image: str = "png"
     """Field of the image in the shards."""
     size: int = Field(default=8, ge=4)
@@ -39,7 +39,7 @@ class ClassifyModel(Section):
     width: int = Field(default=32, gt=0)
     """small_cnn: channels of the first block; vit: width of a token."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
-    """small_cnn: dropout before the last layer; vit: in every block."""
+    """small_cnn: dropout before the last layer; vit: in every block; convnext: of whole blocks (stochastic depth)."""
     patch: int = Field(default=2, gt=0)
     """vit: height and width of a patch, in pixels; it divides the size."""
     depth: int = Field(default=4, gt=0)
@@ -61,6 +61,8 @@ class ClassifyModel(Section):
             raise ValueError(f"patches of {self.patch} pixels do not divide a size of {self.size}")
         if self.name == "vit" and self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
+        if self.name == "convnext_tiny" and self.size < 32:
+            raise ValueError(f"convnext_tiny halves images five times; a size of {self.size} pixels is less than 32")
         if self.crop and self.channels != 3:
             raise ValueError("pieces cut from images are in colour; set model.channels 3")
         return self
@@ -111,6 +113,10 @@ class Classify(Task):
         model = self.config.model
         if model.name == "small_cnn":
             return small_cnn.SmallCNN(model.channels, model.size, model.classes, model.width, model.dropout)
+        if model.name in ("resnet18", "resnet50"):
+            return resnet.resnet(model.name, model.classes)
+        if model.name == "convnext_tiny":
+            return convnext.convnext(model.name, model.classes, model.dropout)
         return vit.ViT(
             model.size,
             model.patch,
@@ -125,11 +131,14 @@ class Classify(Task):
         )
 
     def plan(self) -> Plan:
-        return small_cnn.PLAN if self.config.model.name == "small_cnn" else vit.PLAN
+        plans = {"small_cnn": small_cnn.PLAN, "vit": vit.PLAN, "convnext_tiny": convnext.PLAN}
+        return plans.get(self.config.model.name, resnet.PLAN)
 
     def inputs(self, batch: Batch) -> tuple[Tensor]:
         images = batch.fields["image"].float() / 255 - 0.5
-        return (images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2),)
+        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        in_colour = self.config.model.name in ("resnet18", "resnet50", "convnext_tiny")
+        return (images.expand(-1, 3, -1, -1) if in_colour and images.shape[1] == 1 else images,)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         smoothing = self.config.model.label_smoothing

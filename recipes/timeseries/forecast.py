@@ -13,18 +13,18 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dltrain import Batch, Config, Plan, Sample, Section, Task, main, preset
-from dltrain.config import Data, Evaluation, Length, Logging, Optim, Run, Schedule
+from dltrain import Batch, Config, Plan, Sample, Task, main, preset
+from dltrain.config import Data, Evaluation, Length, Logging, Model, Optim, Run, Schedule
 from dltrain.data.windows import Window
 from dltrain.metrics.forecasting import Forecasting
-from dltrain.models.timeseries import dlinear, patchtst
+from dltrain.models.timeseries import dlinear, mixer, patchtst
 
 
-class ForecastModel(Section):
+class ForecastModel(Model):
     """The network, and the windows it sees."""
 
-    name: Literal["dlinear", "patchtst"] = "dlinear"
-    """Two linear layers, or a transformer over patches."""
+    name: Literal["dlinear", "patchtst", "mixer"] = "dlinear"
+    """Two linear layers, a transformer over patches, or MLPs that mix steps and channels (TSMixer)."""
     lookback: int = Field(default=260, gt=0)
     """Steps of past."""
     horizon: int = Field(default=52, gt=0)
@@ -37,14 +37,16 @@ class ForecastModel(Section):
     """patchtst: steps of a patch."""
     stride: int = Field(default=8, gt=0)
     """patchtst: steps from one patch to the next."""
+    channels: int = Field(default=1, gt=0)
+    """mixer: channels of the series; the others take any number."""
     depth: int = Field(default=3, gt=0)
-    """patchtst: blocks."""
+    """patchtst, mixer: blocks."""
     width: int = Field(default=64, gt=0)
-    """patchtst: width of a token."""
+    """patchtst: width of a token; mixer: hidden units of an MLP."""
     heads: int = Field(default=4, gt=0)
     """patchtst: heads of attention; they divide the width."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
-    """patchtst: dropout in every block."""
+    """patchtst, mixer: dropout in every block."""
 
     @model_validator(mode="after")
     def _fits(self) -> "ForecastModel":
@@ -106,6 +108,15 @@ class Forecast(Task):
         model = self.config.model
         if model.name == "dlinear":
             return dlinear.DLinear(model.lookback, model.horizon, model.kernel)
+        if model.name == "mixer":
+            return mixer.Mixer(
+                model.lookback,
+                model.horizon,
+                model.channels,
+                depth=model.depth,
+                width=model.width,
+                dropout=model.dropout,
+            )
         return patchtst.PatchTST(
             model.lookback,
             model.horizon,
@@ -118,7 +129,8 @@ class Forecast(Task):
         )
 
     def plan(self) -> Plan:
-        return dlinear.PLAN if self.config.model.name == "dlinear" else patchtst.PLAN
+        plans = {"dlinear": dlinear.PLAN, "patchtst": patchtst.PLAN, "mixer": mixer.PLAN}
+        return plans[self.config.model.name]
 
     def inputs(self, batch: Batch) -> tuple[Tensor]:
         return (self.scaled(batch)[:, : self.config.model.lookback],)

@@ -19,8 +19,8 @@ from dltrain.data.batch import Batch
 from dltrain.data.order import step_key
 from dltrain.hooks.base import NOTHING
 from dltrain.mesh import Mesh, build_mesh
-from dltrain.models.timeseries import patchtst
-from dltrain.models.vision import vit
+from dltrain.models.timeseries import mixer, patchtst
+from dltrain.models.vision import convnext, resnet, vit
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.engine import Engine
 from dltrain.parallel.plan import Plan
@@ -28,6 +28,7 @@ from dltrain.readings import Readings
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.seeds import seed_all
 from dltrain.task import Task
+from dltrain.verification import stilled
 
 STEPS, HALF = 10, 5
 SAMPLES = 10  # of a global batch: ragged on three and on four data ranks
@@ -169,6 +170,36 @@ class Straight(Own):
         return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(8 * 64, 5))
 
 
+class Mixed(Series):
+    """A small mixer over three channels."""
+
+    def model(self) -> nn.Module:
+        return mixer.Mixer(32, 8, 3, depth=2, width=32, dropout=0.0)
+
+    def plan(self) -> Plan:
+        return mixer.PLAN
+
+
+class Residual(Images):
+    """A ResNet whose batch norms keep their running statistics."""
+
+    def model(self) -> nn.Module:
+        return stilled(resnet.resnet("resnet18", 5))
+
+    def plan(self) -> Plan:
+        return resnet.PLAN
+
+
+class ConvNet(Images):
+    """The smallest ConvNeXt."""
+
+    def model(self) -> nn.Module:
+        return convnext.convnext("convnext_tiny", 5, stochastic_depth=0.0)
+
+    def plan(self) -> Plan:
+        return convnext.PLAN
+
+
 class Dropping(Images):
     """With dropout."""
 
@@ -189,9 +220,37 @@ def _series(random: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
     return {"x": values[:, :32], "y": values[:, 32:]}
 
 
-FAMILIES: dict[str, tuple[type[Task], Fields]] = {"vit": (Images, _images), "patchtst": (Series, _series)}
+def _photos(random: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
+    x = random.normal(size=(SAMPLES, 3, 32, 32)).astype(np.float32)
+    return {"x": x, "y": random.integers(0, 5, SAMPLES)}
+
+
+FAMILIES: dict[str, tuple[type[Task], Fields]] = {
+    "vit": (Images, _images),
+    "patchtst": (Series, _series),
+    "mixer": (Mixed, _series),
+    "resnet": (Residual, _photos),
+    "convnext": (ConvNet, _photos),
+}
 TASKS = {**FAMILIES, "own": (Own, _images), "straight": (Straight, _images)}
 """With models that bring no plan, which no tensor or context parallelism splits."""
+
+CALM = {"optim.name": "sgd"}
+SETTINGS = {"resnet": CALM, "convnext": CALM}
+"""Of millions of weights some have gradients of rounding errors alone, which Adam would make steps of full size of."""
+
+WIDE = ("resnet", "convnext")
+"""Families whose every layout is slow."""
+
+
+def fits(family: str, name: str) -> bool:
+    """Whether the family's models can be spread so: convolutions are not split, and only transformers share tokens."""
+    layout = LAYOUTS[name]
+    splits = "parallel.tp" in layout.overrides
+    tokens = "parallel.cp" in layout.overrides or "parallel.sequence" in layout.overrides
+    if family in WIDE:
+        return layout.ranks <= 4 and not tokens and not (splits and family == "resnet")
+    return family in ("vit", "patchtst") or not tokens
 
 
 def share_of(family: str, step: int, rank: int, ranks: int) -> Batch:
@@ -205,7 +264,7 @@ def share_of(family: str, step: int, rank: int, ranks: int) -> Batch:
 
 
 def build(family: str, rank: int, ranks: int, overrides: dict[str, Any]) -> tuple[Task, Mesh, Engine]:
-    config = load_overrides(Config(), {"optim.learning_rate": 0.003, **overrides})
+    config = load_overrides(Config(), {"optim.learning_rate": 0.003, **SETTINGS.get(family, {}), **overrides})
     task = TASKS[family][0](config)
     mesh = build_mesh(config.parallel, Environment(rank, ranks, rank, ranks), CPU)
     return task, mesh, parallelize(task, config, mesh, CPU, lambda: share_of(family, 0, 0, 1))

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dltrain import Batch, Config, Hook, Section, Task, main, preset
-from dltrain.config import Checkpoint, Data, Evaluation, Length, Logging, Optim, Run, Schedule
+from dltrain import Batch, Config, Hook, Task, main, preset
+from dltrain.config import Checkpoint, Data, Evaluation, Length, Logging, Model, Optim, Run, Schedule
 from dltrain.metrics.classification import Classification
 
 
-class TinyModel(Section):
+class TinyModel(Model):
     width: int = 16
     """Hidden units."""
 

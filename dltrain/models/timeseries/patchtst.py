@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dltrain.models.timeseries.instance_norm import statistics
 from dltrain.models.transformer import TENSOR, TOKENS, encoder
 from dltrain.parallel.plan import Plan
 
 PLAN = Plan(
     units=("blocks.*",), tensor=TENSOR, tokens=TOKENS, chain=("embed", "blocks.*", "head"), with_inputs=("head",)
 )
-
-_LEAST_DEVIATION = 1e-5
 
 
 class Embedding(nn.Module):
@@ -34,7 +33,7 @@ class Embedding(nn.Module):
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, past: Tensor) -> Tensor:
-        mean, deviation = _statistics(past)
+        mean, deviation = statistics(past)
         series = ((past - mean) / deviation).transpose(1, 2)  # [n, channels, lookback]
         padded = F.pad(series, (0, self._stride), mode="replicate")
         tokens = self.patches(padded.unfold(2, self._patch, self._stride)).flatten(0, 1) + self.positions
@@ -51,7 +50,7 @@ class Head(nn.Module):
         self.out = nn.Linear(patches * width, horizon)
 
     def forward(self, tokens: Tensor, past: Tensor) -> Tensor:
-        mean, deviation = _statistics(past)
+        mean, deviation = statistics(past)
         future = self.out(self.norm(tokens).flatten(1)).unflatten(0, (len(past), past.shape[2]))
         forecast: Tensor = future.transpose(1, 2) * deviation + mean
         return forecast
@@ -94,9 +93,3 @@ class PatchTST(nn.Module):
 def patches_of(lookback: int, patch: int, stride: int) -> int:
     """How many patches there are, the one that repeats the last value among them."""
     return (lookback + stride - patch) // stride + 1
-
-
-def _statistics(past: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel, [n, 1, channels]."""
-    deviation = past.std(1, keepdim=True, unbiased=False).clamp(min=_LEAST_DEVIATION)
-    return past.mean(1, keepdim=True), deviation
