@@ -298,7 +298,8 @@ def _show_pictures(run: RunFolder, step: int, hooks: list[Hook]) -> None:
 
 
 def _report_facts(run: RunFolder, step: int, checkpoint: Path | None, config: Config) -> dict[str, Any]:
-    return {"run": run.name, "step": step, "checkpoint": str(checkpoint or ""), "data": config.data.evaluation}
+    facts = {"run": run.name, "step": step, "checkpoint": str(checkpoint or ""), "data": config.data.evaluation}
+    return {**facts, "weights": f"averaged, optim.ema {config.optim.ema:g}"} if config.optim.ema else facts
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -168,6 +168,10 @@ class Optim(Section):
     """SGD with Nesterov's momentum."""
     max_norm: float = NotNegative
     """Clip the global gradient norm at this value; 0 measures it without clipping."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the weights' average over the steps, which is evaluated in their stead; 0 keeps none."""
+    ema_warmup: bool = True
+    """Average over few steps at first, so that initial weights are forgotten, as timm does."""
 
 
 class Schedule(Section):

@@ -7,6 +7,7 @@ and the state of model and optimizer. It never looks at a value on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,10 @@ class Engine(Protocol):
         Empty on a rank that does not count and has none of them."""
         ...
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within, the weights are their average over the steps, where one is kept (``optim.ema``)."""
+        ...
+
     def settle(self, peek: Callable[[], Batch]) -> None:
         """Whatever the first steps would do differently from all later ones, done now without a trace.
 
@@ -57,9 +62,11 @@ class Engine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"model": ..., "optimizer": ...}``, tensors by parameter name, sharded as they are."""
+        """``{"model": ..., "optimizer": ...}``, tensors by parameter name, sharded as they are.
+
+        With ``"ema"``, ``{"weights": ..., "updates": ...}``, where an average is kept."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned, under any layout."""
+        """Take over what :meth:`state_dict` returned, under any layout; without ``"ema"`` an average begins anew."""
         ...

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from dltrain.config import Config
 from dltrain.mesh import Mesh
+from dltrain.optim.ema import Average
 from dltrain.optim.optimizer import set_learning_rate, skip_if_nonfinite, skips_by_itself
 from dltrain.parallel.data import BufferSync
 from dltrain.parallel.gradients import Norm, clip, gradients_of, whole
@@ -39,6 +42,8 @@ class Updating:
         self._norm = Norm([places[name] for name in trained(model)], len(names), device, mesh.pipeline_group())
         self._sync_buffers = BufferSync(model, mesh.stage_group(), undo=config.run.nonfinite == "skip")
         self._skips_by_itself = skips_by_itself(optimizer)
+        ema = config.optim
+        self._average = Average(model, ema.ema, ema.ema_warmup, device) if ema.ema else None
 
     def step(self, learning_rate: float, max_norm: float) -> Tensor:
         gradients = gradients_of(self._parameters)
@@ -49,6 +54,8 @@ class Updating:
         self._update(norm)
         self.optimizer.zero_grad(set_to_none=True)
         self._sync_buffers(norm)
+        if self._average is not None:
+            self._average.update(_nonfinite(norm))
         return norm
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -61,7 +68,8 @@ class Updating:
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+        average = {} if self._average is None else {"ema": self._average.state_dict()}
+        return {"model": model, "optimizer": optimizer, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_state_dict(
@@ -70,6 +78,29 @@ class Updating:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+        if self._average is not None and "ema" in state:
+            self._average.load_state_dict(state["ema"])
+        elif self._average is not None:
+            self._average.restart()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if self._average is None:
+            yield
+            return
+        self._reshard()
+        with self._average.exchanged():
+            try:
+                yield
+            finally:
+                self._reshard()
+
+    def _reshard(self) -> None:
+        """FSDP2 keeps gathered weights after a forward pass that no backward pass followed; others are to take their
+        place."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _update(self, norm: Tensor) -> None:
         """The optimizer's step, unless the norm is not finite."""
@@ -78,8 +109,13 @@ class Updating:
             if math.isfinite(norm.item()):
                 self.optimizer.step()
             return
-        skip_if_nonfinite(self.optimizer, (norm - norm).ne_(0.0))  # NaN - NaN and inf - inf are not 0
+        skip_if_nonfinite(self.optimizer, _nonfinite(norm))
         self.optimizer.step()
+
+
+def _nonfinite(norm: Tensor) -> Tensor:
+    """1 where the norm is not finite, else 0: a float scalar on its device."""
+    return (norm - norm).ne_(0.0)  # NaN - NaN and inf - inf are not 0
 
 
 def trained(model: nn.Module) -> list[str]:
