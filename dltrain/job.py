@@ -36,6 +36,7 @@ from dltrain.hooks.records import Records
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
+from dltrain.parallel.checks import check_layout
 from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
 from dltrain.runtime.environment import Environment
@@ -83,6 +84,7 @@ def _leave(status: int) -> None:
 def train(job: Job) -> int:
     """Train; returns the exit status. The last line on standard output is the result as one JSON object."""
     started = time.monotonic()
+    check_layout(job.config, job.environment)
     storage.configure(job.config.storage)
     with joined(job.config, job.environment) as device, stop_flag() as stop:
         report_ready(job.environment.rank)
@@ -114,6 +116,7 @@ def train(job: Job) -> int:
 
 def evaluate_run(job: Job, run: RunFolder) -> int:
     """Score a run's best checkpoint (or its last) on the held-out samples and write its report."""
+    check_layout(job.config, job.environment, batch=False)
     storage.configure(job.config.storage)
     with joined(job.config, job.environment) as device:
         task = job.task(job.config)

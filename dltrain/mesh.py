@@ -1,7 +1,7 @@
 """The device mesh: the only place that builds one. The others ask for an axis by name.
 
 Axes are ``pp, dp_replicate, dp_shard, tp``, outermost first, so that the ranks that split layers, which talk most, are
-neighbours, and the parts of a pipeline, which talk least, lie furthest apart. Degrees are checked once, here.
+neighbours, and the parts of a pipeline, which talk least, lie furthest apart. Degrees are checked by ``degrees.py``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dltrain.config import Parallel
-from dltrain.errors import UserError
+from dltrain.degrees import Degrees, degrees_of
 from dltrain.runtime.environment import Environment
-
-AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
 
 @dataclass(frozen=True)
@@ -107,37 +105,9 @@ class Mesh:
 
 
 def build_mesh(parallel: Parallel, environment: Environment, device: torch.device) -> Mesh:
-    """Resolve -1, check that the degrees multiply to the number of ranks, and build. Raises :class:`UserError`."""
-    world, tp, pp = environment.world_size, parallel.tp, parallel.pp
-    if environment.local_world_size % tp:
-        raise UserError(
-            f"parallel.tp is {tp}, which does not divide the {environment.local_world_size} ranks of a node; ranks "
-            "that share layers must be on one node"
-        )
-    if world % (pp * tp):
-        raise UserError(f"parallel.pp {pp} x parallel.tp {tp} = {pp * tp} does not divide the {world} ranks")
-    replicate, shard = _resolve(parallel.dp_replicate, parallel.dp_shard, world // tp // pp)
-    if replicate * shard * tp * pp != world:
-        pipeline = f"parallel.pp {pp} x " if pp > 1 else ""
-        raise UserError(
-            f"{pipeline}parallel.dp_replicate {replicate} x parallel.dp_shard {shard} x parallel.tp {tp} = "
-            f"{pp * replicate * shard * tp}, but there are {world} ranks; give dp_replicate or dp_shard -1, or start "
-            f"{pp * replicate * shard * tp} ranks"
-        )
+    """The mesh of the degrees asked for. Raises :class:`UserError` where they do not fit the ranks."""
+    degrees = degrees_of(parallel, environment)
     devices = None
-    if world > 1:
-        devices = init_device_mesh(device.type, (pp, replicate, shard, tp), mesh_dim_names=AXES)
-    return Mesh(pp, replicate, shard, tp, environment, devices)
-
-
-def _resolve(replicate: int, shard: int, ranks: int) -> tuple[int, int]:
-    for name, degree in (("dp_replicate", replicate), ("dp_shard", shard)):
-        if degree == 0 or (degree > 0 and ranks % degree):
-            raise UserError(f"parallel.{name} is {degree}, which does not divide the {ranks} ranks")
-    if replicate == shard == -1:
-        return 1, ranks
-    if replicate == -1:
-        return ranks // shard, shard
-    if shard == -1:
-        return replicate, ranks // replicate
-    return replicate, shard
+    if environment.world_size > 1:
+        devices = init_device_mesh(device.type, degrees, mesh_dim_names=Degrees._fields)
+    return Mesh(*degrees, environment, devices)

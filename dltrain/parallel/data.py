@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dltrain.config import Config
 from dltrain.mesh import Mesh
+from dltrain.parallel.averaging import mend_average
 
 
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
@@ -45,6 +46,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
             reshard_after_forward=reshard,
         )
     fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy)
+    mend_average(model, mesh.shard_axes(), mesh.environment)
     return model
 
 
