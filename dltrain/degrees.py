@@ -58,10 +58,8 @@ def nearest_legal(
 ) -> str:
     """Up to three layouts that this world has and that ``fit``, as settings, those that change the least first."""
     found = sorted(filter(fits, _legal(environment)), key=lambda degrees: _distance(parallel, degrees))
-    settings = [
-        " ".join(f"{name} {value}" for name, value in zip(Degrees._fields, each, strict=True)) for each in found
-    ]
-    return ", or ".join(settings[:3]) or "none"
+    settings = [" ".join(f"{name} {value}" for name, value in each._asdict().items()) for each in found[:3]]
+    return ", or ".join(settings) or "none"
 
 
 def _legal(environment: Environment) -> Iterator[Degrees]:
