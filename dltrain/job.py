@@ -30,6 +30,7 @@ from dltrain.config import Config, from_tree, load_overrides, split_arguments, t
 from dltrain.data.reader import Dataset
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from dltrain.evaluation import evaluate, write_report
+from dltrain.hooks.agreement import CheckAgreement
 from dltrain.hooks.base import Hook
 from dltrain.hooks.progress import progress
 from dltrain.hooks.records import Records
@@ -217,6 +218,8 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
     hooks = task.hooks()
     if not isinstance(hooks, list) or not all(isinstance(hook, Hook) for hook in hooks):
         raise UserError(f"{type(task).__name__}.hooks() must return a list of hooks, such as [MyHook()], not {hooks!r}")
+    if job.config.run.check_every:
+        hooks.append(CheckAgreement(int(job.config.run.check_every.value)))
     if not job.environment.is_main:
         return hooks
     hooks += [Records(run.metrics), *progress(job.config.logging.progress)]

@@ -98,6 +98,14 @@ class Mesh:
         """The ranks that hold the same part of the model, in whole or in shards; ``None`` for one alone."""
         return self._stage_group
 
+    def axis_group(self, name: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one in the axis ``name`` alone; ``None`` where there are no others."""
+        return self._axes(name).get_group() if getattr(self, name) > 1 else None
+
+    def place_on(self, name: str) -> int:
+        """This rank's place in the axis ``name``."""
+        return self._axes(name).get_local_rank()
+
     def _axes(self, *names: str) -> DeviceMesh:
         if self.devices is None:
             raise AssertionError("a mesh of one rank has no axes")

@@ -53,6 +53,8 @@ class Run(Section):
     """Where to train; 'auto' takes CUDA where there is one."""
     threads: int = NotNegative
     """CPU threads of each rank; 0 divides the cores by the ranks on this host."""
+    check_every: Length = Length.parse("0st")
+    """Interval in steps between checks that ranks hold the same weights, buffers and learning rates; 0st makes none."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What follows a gradient that is not finite. Either way the update is skipped on the device."""
 
@@ -286,6 +288,8 @@ class Config(Section):
         for name, length in (*lengths, *_milestones(self.schedule)):
             if length.unit == "h":
                 raise ValueError(f"{name} is {length}: give it in epochs (ep) or steps (st)")
+        if self.run.check_every.unit != "st":
+            raise ValueError(f"run.check_every is {self.run.check_every}: give it in steps (st)")
         if self.run.length.unit == "h" and self.schedule.name == "cosine":
             raise ValueError("schedule.name cosine needs run.length in epochs or steps; take 'constant' or 'step'")
         if self.data.train and self.data.sources:

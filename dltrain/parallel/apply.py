@@ -12,6 +12,7 @@ from dltrain.data.batch import Batch
 from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.optim.optimizer import build_optimizer
+from dltrain.parallel.agreement import refuse_untied, tied
 from dltrain.parallel.data import replicate, shard
 from dltrain.parallel.forward import inputs_of
 from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
@@ -48,7 +49,7 @@ def parallelize(
     model = task.model()
     if not isinstance(model, nn.Module):
         raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
-    plan, names = task.plan() or Plan.auto(model), trained(model)
+    plan, names, ties = task.plan() or Plan.auto(model), trained(model), tied(model)
     units = plan.modules(model)
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
     sharded = mesh.dp_shard > 1 or (mesh.data_ranks > 1 and mesh.tp * mesh.pp > 1)
@@ -71,6 +72,7 @@ def parallelize(
             shard(root, [unit for unit in units if unit in mine], mesh, config)
     elif parts is None and mesh.dp_replicate > 1:
         wrapped = replicate(model, device)
+    refuse_untied(model, ties)
     optimizer = build_optimizer(model, config.optim, names)
     if parts is not None:
         return PipelineEngine(task, parts, optimizer, config, device, mesh)

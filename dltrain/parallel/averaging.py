@@ -15,6 +15,9 @@ from torch.distributed.fsdp import FSDPModule
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.logs import warn
 
+SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+"""What FSDP2 calls: torch 2.13 gave it a new name."""
+
 
 def mend_average(model: nn.Module, mesh: DeviceMesh, environment: Environment) -> None:
     """Have the FSDP2 units of ``model`` sum and divide by themselves where gloo's average is not one; collective."""
@@ -35,7 +38,7 @@ def averages(group: dist.ProcessGroup) -> bool:
     ones = torch.ones(group.size())
     part, everywhere = torch.zeros(1), torch.ones(1)
     try:
-        dist.reduce_scatter_tensor(part, ones, dist.ReduceOp.AVG, group)
+        getattr(dist, SCATTER)(part, ones, dist.ReduceOp.AVG, group)
         dist.all_reduce(everywhere, dist.ReduceOp.AVG, group)
     except (RuntimeError, ValueError):  # a build without averages refuses them on every rank, before it sends anything
         return False

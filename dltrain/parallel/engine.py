@@ -61,6 +61,11 @@ class Engine(Protocol):
         Between :meth:`forward_backward` and :meth:`step`."""
         ...
 
+    def fault(self) -> str:
+        """What ranks that should hold the same between steps do not; empty where all is well. Collective; it waits for
+        the device."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """``{"model": ..., "optimizer": ...}``, tensors by parameter name, sharded as they are.
 

@@ -17,6 +17,7 @@ from dltrain.config import Config
 from dltrain.mesh import Mesh
 from dltrain.optim.ema import Average
 from dltrain.optim.optimizer import set_learning_rate, skip_if_nonfinite, skips_by_itself
+from dltrain.parallel.agreement import Agreement
 from dltrain.parallel.data import BufferSync
 from dltrain.parallel.gradients import Norm, clip, gradients_of, whole
 
@@ -37,6 +38,7 @@ class Updating:
         names: Sequence[str],
     ) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
+        self._agreement = Agreement(model, optimizer, mesh)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         places = {name: place for place, name in enumerate(names)}
         self._norm = Norm([places[name] for name in trained(model)], len(names), device, mesh.pipeline_group())
@@ -60,6 +62,9 @@ class Updating:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
+
+    def fault(self) -> str:
+        return self._agreement.fault()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():

@@ -109,23 +109,27 @@ def test_the_command_line_refuses_before_a_rank_starts(cli: Cli) -> None:
     assert time.monotonic() - began < 20  # nothing was imported or started
 
 
-def sums_instead(rank: int, ranks: int) -> tuple[bool, list[float]]:
-    """A build of torch whose gloo sums: is it found, and what losses does FSDP2 have all the same?"""
-    scatter = dist.reduce_scatter_tensor
+def sums_instead(rank: int, ranks: int) -> tuple[bool, list[float], list[float]]:
+    """A build of torch whose gloo sums: whether it is found, FSDP2's losses, and its norms had it not been found."""
+    scatter = getattr(dist, averaging.SCATTER)
 
     def summing(output: Any, input: Any, op: Any = dist.ReduceOp.SUM, *rest: Any, **named: Any) -> Any:
         return scatter(output, input, dist.ReduceOp.SUM if op == dist.ReduceOp.AVG else op, *rest, **named)
 
-    dist.reduce_scatter_tensor = summing
+    setattr(dist, averaging.SCATTER, summing)
     found = averaging.averages(dist.group.WORLD)
-    return found, test_engine.train(rank, ranks, {"parallel.dp_shard": ranks})[0]
+    losses = test_engine.train(rank, ranks, {"parallel.dp_shard": ranks})[0]
+    averaging.averages = lambda group: True
+    unmended = test_engine.train(rank, ranks, {"parallel.dp_shard": ranks})[1]
+    return found, losses, unmended
 
 
 def test_a_gloo_that_sums_is_found_and_gradients_stay_right(capfd: pytest.CaptureFixture[str]) -> None:
-    expected = run_ranks(test_engine.train, 1, 1, {})[0][0]
-    for averaged, losses in run_ranks(sums_instead, 2, 2):
+    expected, norms, _ = run_ranks(test_engine.train, 1, 1, {})[0]
+    for averaged, losses, unmended in run_ranks(sums_instead, 2, 2):
         assert not averaged
         assert losses == pytest.approx(expected, abs=1e-5)
+        assert unmended[0] == pytest.approx(2 * norms[0], rel=1e-4)  # two ranks' sum
     assert f"gloo of torch {torch.__version__} does not average" in capfd.readouterr().err
     assert run_ranks(averages_here, 2) == [True, True]
 
