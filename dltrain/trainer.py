@@ -26,7 +26,7 @@ from dltrain.hooks.meter import Meter
 from dltrain.metrics.base import Metric
 from dltrain.optim.schedule import build_schedule
 from dltrain.parallel.engine import Engine
-from dltrain.readings import Reading, Readings
+from dltrain.readings import Reading, Readings, refuse_vanished
 from dltrain.runtime.seeds import seed_all
 from dltrain.runtime.stop import StopFlag
 from dltrain.task import Task
@@ -124,7 +124,7 @@ class Trainer:
         learning_rate = self._schedule.at(self.step)
         norm = self.engine.step(learning_rate, self.config.optim.max_norm)
         self.step += 1
-        self._readings.push(self.step, (previous, self.position), learning_rate, loss.sum, norm)
+        self._readings.push(self.step, (previous, self.position), learning_rate, loss.sum, norm, self.engine.loss_scale)
         self._tell("step_end")
 
     def evaluate(self) -> Metric | None:
@@ -253,10 +253,17 @@ class Trainer:
             **self._meter.read(),
             **self.loader.seen(),
         }
+        if reading.loss_scale:
+            record["loss_scale"] = reading.loss_scale
         self._tell("logged", record)
 
     def _refuse_nonfinite(self, reading: Reading) -> None:
-        if reading.finite or self.config.run.nonfinite == "skip":
+        if reading.finite:
+            return
+        if reading.loss_scale:
+            refuse_vanished(reading)
+            return
+        if self.config.run.nonfinite == "skip":
             return
         raise UserError(
             f"the gradient of step {reading.step} is not finite (loss {reading.loss:.4g}, norm {reading.norm:.4g}); "

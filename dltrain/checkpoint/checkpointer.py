@@ -30,6 +30,10 @@ OPTIONAL = {
         "has no averaged weights: the average (optim.ema) starts from its weights",
         "has averaged weights, which are left aside: optim.ema is 0",
     ),
+    "loss_scale": (
+        "has no loss scale: precision.compute fp16 starts from the usual one",
+        "has a loss scale, which is left aside: precision.compute is not fp16",
+    ),
 }
 """Parts of an engine's state that a checkpoint may have or not: what is said when it lacks one that is wanted, and when
 it has one that is not."""

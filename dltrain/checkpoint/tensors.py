@@ -95,7 +95,7 @@ def load_tensors(folder: Path, state: dict[str, Any]) -> None:
 
 
 def parts_saved(folder: Path) -> set[str]:
-    """The first words of the names of what lies there: ``model``, ``optimizer``, and perhaps ``ema``."""
+    """First words of the names of what lies there: ``model``, ``optimizer``, perhaps ``ema`` and ``loss_scale``."""
     return {name.partition("/")[0] for name in _names(_Reader(folder))}
 
 
@@ -136,6 +136,7 @@ def flatten(state: dict[str, Any]) -> dict[str, Tensor]:
     if "ema" in state:
         tensors |= {f"ema/weights/{name}": value for name, value in state["ema"]["weights"].items()}
         tensors["ema/updates"] = state["ema"]["updates"]
+    tensors |= {f"loss_scale/{name}": value for name, value in state.get("loss_scale", {}).items()}
     return tensors
 
 

@@ -194,8 +194,8 @@ class Schedule(Section):
 class Precision(Section):
     """Number formats and compilation."""
 
-    compute: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps fp32 master weights and fp32 gradient reduction."""
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 keep fp32 master weights and fp32 gradient reduction; fp16 scales losses, as GradScaler does."""
     matmul: Literal["highest", "high"] = "highest"
     """'high' lets fp32 matrix products use TF32 on a GPU."""
     compile: bool = False

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dltrain.config import Config
 from dltrain.mesh import Mesh
 from dltrain.parallel.averaging import mend_average
+from dltrain.parallel.forward import COMPUTE
 
 
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
@@ -33,7 +34,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
     In a pipeline parameters stay gathered until the step's last backward pass, as in ZeRO-2: each piece would gather
     them anew.
     """
-    compute = torch.bfloat16 if config.precision.compute == "bf16" else None
+    compute = COMPUTE.get(config.precision.compute)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     if compute is not None:
         _keep_batch_norm_in_fp32(model, mesh, compute)

@@ -25,6 +25,11 @@ class Engine(Protocol):
     counts: bool
     """Whether this rank stands for those that see the same samples, in sums over all ranks: it has their losses."""
 
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """By which fp16 multiplies the next step's losses before their backward pass, float32 scalar; else ``None``."""
+        ...
+
     def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
         """Gradients of ``sum of weighted losses / count`` over all data ranks; ``count`` is the global count, a float
         scalar on the device. Returns this rank's loss sum, detached, and its count."""
@@ -32,7 +37,7 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float, max_norm: float) -> Tensor:
         """Clip (unless ``max_norm`` is 0), update and clear gradients. Returns the global norm before clipping, float32
-        scalar; an update whose norm is not finite changes nothing."""
+        scalar; an update whose norm is not finite changes no weight."""
         ...
 
     def evaluate(self, batch: Batch) -> tuple[Any, Tensor]:
@@ -69,7 +74,7 @@ class Engine(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """``{"model": ..., "optimizer": ...}``, tensors by parameter name, sharded as they are.
 
-        With ``"ema"``, ``{"weights": ..., "updates": ...}``, where an average is kept."""
+        With ``"ema"``, ``{"weights": ..., "updates": ...}``, where an average is kept, and ``"loss_scale"`` in fp16."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class PlainEngine(Updating):
         if not self._wrapped.training:
             self._wrapped.train()
         # DDP and FSDP2 average over data ranks; the sum is wanted, for `count` is the global one
-        scale = self._data_ranks / count.clamp(min=LEAST_COUNT)
+        scale = self._scaled(self._data_ranks / count.clamp(min=LEAST_COUNT))
         pieces = list(batch.split(self._micro_batch))
         total: Tensor | None = None
         for place, piece in enumerate(pieces):
@@ -58,6 +58,7 @@ class PlainEngine(Updating):
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             raise AssertionError("a batch has at least one sample")
+        self._unscale()
         return Loss(total, count)
 
     @torch.no_grad()

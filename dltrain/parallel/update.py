@@ -20,6 +20,7 @@ from dltrain.optim.optimizer import set_learning_rate, skip_if_nonfinite, skips_
 from dltrain.parallel.agreement import Agreement
 from dltrain.parallel.data import BufferSync
 from dltrain.parallel.gradients import Norm, clip, gradients_of, whole
+from dltrain.parallel.scaling import LossScale
 
 
 class Updating:
@@ -42,7 +43,9 @@ class Updating:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         places = {name: place for place, name in enumerate(names)}
         self._norm = Norm([places[name] for name in trained(model)], len(names), device, mesh.pipeline_group())
-        self._sync_buffers = BufferSync(model, mesh.stage_group(), undo=config.run.nonfinite == "skip")
+        self._scale = LossScale(device) if config.precision.compute == "fp16" else None
+        may_overflow = config.run.nonfinite == "skip" or self._scale is not None
+        self._sync_buffers = BufferSync(model, mesh.stage_group(), undo=may_overflow)
         self._skips_by_itself = skips_by_itself(optimizer)
         ema = config.optim
         self._average = Average(model, ema.ema, ema.ema_warmup, device) if ema.ema else None
@@ -56,9 +59,14 @@ class Updating:
         self._update(norm)
         self.optimizer.zero_grad(set_to_none=True)
         self._sync_buffers(norm)
-        if self._average is not None:
-            self._average.update(_nonfinite(norm))
+        for follower in (self._average, self._scale):
+            if follower is not None:
+                follower.update(_nonfinite(norm))
         return norm
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        return None if self._scale is None else self._scale.value.clone()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
@@ -74,7 +82,8 @@ class Updating:
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         average = {} if self._average is None else {"ema": self._average.state_dict()}
-        return {"model": model, "optimizer": optimizer, **average}
+        scale = {} if self._scale is None else {"loss_scale": self._scale.state_dict()}
+        return {"model": model, "optimizer": optimizer, **average, **scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_state_dict(
@@ -87,6 +96,8 @@ class Updating:
             self._average.load_state_dict(state["ema"])
         elif self._average is not None:
             self._average.restart()
+        if self._scale is not None and "loss_scale" in state:
+            self._scale.load_state_dict(state["loss_scale"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -99,6 +110,15 @@ class Updating:
                 yield
             finally:
                 self._reshard()
+
+    def _scaled(self, seed: Tensor) -> Tensor:
+        """What a loss's backward pass begins with, times the loss scale of fp16."""
+        return seed if self._scale is None else seed * self._scale.value
+
+    def _unscale(self) -> None:
+        """Gradients as they are without a loss scale: what hooks, the norm and clipping see."""
+        if self._scale is not None:
+            self._scale.unscale(gradients_of(self._parameters))
 
     def _reshard(self) -> None:
         """FSDP2 keeps gathered weights after a forward pass that no backward pass followed; others are to take their

@@ -67,9 +67,10 @@ class PipelineEngine(Updating):
             return loss
 
         # FSDP2 averages over data ranks; the sum is wanted, for `count` is the global one
-        scale = self._mesh.data_ranks / count.clamp(min=LEAST_COUNT)
+        scale = self._scaled(self._mesh.data_ranks / count.clamp(min=LEAST_COUNT))
         with self._autocast():
             self._executor.train(self._schedule(len(pieces)), shapes, inputs, finish, scale)
+        self._unscale()
         total = torch.zeros((), device=self.device)
         for loss in losses:
             total = total + loss
