@@ -97,21 +97,21 @@ def averaged_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _lerp(averages: list[Tensor], sources: list[Tensor], weight: Tensor, skip: Tensor) -> None:
-    """``average <- average - weight x (average - source)``, unless ``skip`` is 1, which is read on the device.
+    """``average <- average + weight x (source - average)``, unless ``skip`` is 1, which is read on the device.
 
-    ``torch._foreach_lerp_`` cannot skip. A step of fused SGD up the gradient ``source`` with a weight decay of 1 is the
-    same in one kernel.
+    ``torch._foreach_lerp_`` cannot skip. A step of fused SGD is the same in one kernel: with ``source`` for a gradient,
+    a decay of -1 and a rate of ``-weight``. (With ``maximize`` in place of the signs kernels differ between devices.)
     """
     torch._fused_sgd_(
         averages,
         sources,
         [],
-        weight_decay=1.0,
+        weight_decay=-1.0,
         momentum=0.0,
-        lr=weight,
+        lr=-weight,
         dampening=0.0,
         nesterov=False,
-        maximize=True,
+        maximize=False,
         is_first_step=False,
         grad_scale=None,
         found_inf=skip,
