@@ -41,7 +41,7 @@ from dltrain.parallel.checks import check_layout
 from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
 from dltrain.runtime.environment import Environment
-from dltrain.runtime.launch import RECIPE, report_failure, report_ready
+from dltrain.runtime.launch import RECIPE, report_failure, report_ready, report_running
 from dltrain.runtime.logs import say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
@@ -67,7 +67,9 @@ def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise TypeError(f"main() takes a class derived from Task, not {task!r}")
     environment = Environment.read()
+    report_running(environment.rank, True)
     status = _guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment)
+    report_running(environment.rank, False)
     if environment.world_size > 1:
         _leave(status)
     sys.exit(status)
