@@ -27,6 +27,7 @@ import torch.distributed as dist
 from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer, read_state, step_folder
 from dltrain.config import Config, from_tree, load_overrides, split_arguments, to_yaml
+from dltrain.config.tree import AUTO
 from dltrain.data.reader import Dataset
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from dltrain.evaluation import evaluate, write_report
@@ -133,6 +134,8 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
         if path is None:
             raise UserError(f"the run {run.path} has no checkpoint to evaluate")
         state = checkpointer.load(path, engine)
+        if engine.micro_batch == AUTO:
+            engine.micro_batch = state.get("micro_batch", AUTO)
         metric = evaluate(engine, task, loader)
         facts = _report_facts(run, state["step"], path, job.config)
         target = write_report(metric, run.report, facts, job.environment)
@@ -278,7 +281,7 @@ def _record_end(job: Job, run: RunFolder, status: str, **facts: Any) -> None:
 def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: float, hooks: list[Hook]) -> int:
     """Report, record, and the last line."""
     if status == "stopped":
-        _record_end(job, run, status, step=trainer.step)
+        _record_end(job, run, status, step=trainer.step, micro_batch=trainer.engine.micro_batch)
         say(job.environment, f"stopped and saved at step {trainer.step}; go on with: --run.resume {run.path}")
         return EXIT_STOPPED
     if trainer.last_metric is not None and job.config.evaluation.report:
@@ -288,7 +291,7 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
         _show_pictures(run, trainer.step, hooks)
     rate = trainer.trained_samples / max(trainer.trained_seconds, 1e-9)
     facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
-    _record_end(job, run, status, scores=trainer.scores, **facts)
+    _record_end(job, run, status, scores=trainer.scores, micro_batch=trainer.engine.micro_batch, **facts)
     report = f"; report: {run.report / 'evaluation.html'}" if run.report.is_dir() else ""
     say(job.environment, f"finished {trainer.step} steps in {seconds:.1f} s: {run.path}{report}")
     if job.environment.is_main:

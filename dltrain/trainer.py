@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from dltrain.checkpoint.checkpointer import Checkpointer
 from dltrain.config import Config, Length
+from dltrain.config.tree import AUTO
 from dltrain.data.batch import Batch
 from dltrain.data.loader import Loader
 from dltrain.data.order import step_key
@@ -159,6 +160,7 @@ class Trainer:
             "schedule": {"total_steps": self.total_steps, "learning_rate": self._schedule.at(self.step)},
             "best": self.best,
             "evaluation_left": self._evaluation_left,
+            "micro_batch": self.engine.micro_batch,
             "elapsed_seconds": self._elapsed + time.monotonic() - self._since,
             "hooks": {type(h).__name__: h.state_dict() for h in self.hooks if hasattr(h, "state_dict")},
             "config": self.config.model_dump(mode="json"),
@@ -171,6 +173,8 @@ class Trainer:
         self.step = int(state["step"])
         self.best, self._elapsed = state["best"], float(state["elapsed_seconds"])
         self._evaluation_left = state["evaluation_left"]
+        if self.engine.micro_batch == AUTO:  # another size would give other bits
+            self.engine.micro_batch = state.get("micro_batch", AUTO)
         self._passed = {request: int(self._elapsed / interval.seconds) for request, interval in self._timed}
         for hook in self.hooks:
             if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:

@@ -12,13 +12,22 @@ section of its own; a preset is a function that returns a config.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from dltrain.config.length import Length
 
 NotNegative = Field(default=0, ge=0)
+
+AUTO = -1
+"""The number that 'auto' stands for."""
+
+MicroBatch = Annotated[
+    int,
+    BeforeValidator(lambda value: AUTO if value == "auto" else value),
+    PlainSerializer(lambda value: "auto" if value == AUTO else value, when_used="json"),
+]
 
 
 class Section(BaseModel):
@@ -223,9 +232,10 @@ class Parallel(Section):
     """Stages on each rank of a pipeline; 0 takes 1 for gpipe and 1f1b, 2 for the others."""
     reshard_after_forward: bool = True
     """Free gathered parameters after the forward pass (ZeRO-3) or keep them for the backward pass (ZeRO-2)."""
-    micro_batch: int = NotNegative
+    micro_batch: MicroBatch = Field(default=0, ge=AUTO)
     """Most samples per rank in one forward pass; gradients accumulate over the rest. 0 takes all at once, and in a
-    pipeline as many micro-batches as it has stages, at least twice `pp`."""
+    pipeline as many micro-batches as it has stages, at least twice `pp`. 'auto' tries, before the run, what every rank
+    has the memory for (one process and DDP)."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
 

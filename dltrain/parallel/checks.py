@@ -9,6 +9,7 @@ What needs the model (heads against ``parallel.tp``, its depth against the stage
 from __future__ import annotations
 
 from dltrain.config import Config
+from dltrain.config.tree import AUTO
 from dltrain.degrees import Degrees, degrees_of, nearest_legal
 from dltrain.errors import UserError
 from dltrain.parallel.pipeline.schedule import check_schedule, micro_batches, stages_per_rank
@@ -25,6 +26,12 @@ def check_layout(config: Config, environment: Environment, batch: bool = True) -
     schedule does not fit its stages, its micro-batches, or compilation.
     """
     degrees = degrees_of(config.parallel, environment)
+    if config.parallel.micro_batch == AUTO and max(degrees.dp_shard, degrees.tp, degrees.pp) > 1:
+        raise UserError(
+            "parallel.micro_batch is auto, which is tried by passes that may fail on one rank alone, while with "
+            "parallel.dp_shard, tp or pp the others would wait in it for that rank; give a number, or train with "
+            "replicas alone"
+        )
     if degrees.pp > 1:
         _check_compilation(config)
     if batch:

@@ -22,6 +22,9 @@ class Engine(Protocol):
 
     device: torch.device
 
+    micro_batch: int
+    """Most samples in one forward pass; 0 takes all, and ``AUTO`` is settled by :meth:`settle`."""
+
     counts: bool
     """Whether this rank stands for those that see the same samples, in sums over all ranks: it has their losses."""
 

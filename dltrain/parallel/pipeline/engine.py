@@ -46,6 +46,7 @@ class PipelineEngine(Updating):
         super().__init__(parts.model, optimizer, config, mesh, device, parts.names)
         self._task, self._parts, self._mesh = task, parts, mesh
         self._parallel, self._precision = config.parallel, config.precision
+        self.micro_batch = config.parallel.micro_batch
         self._has_losses = parts.owners[-1] == mesh.pp_rank
         self.counts = mesh.counts and self._has_losses
         axis = mesh.pipeline_group()
