@@ -80,7 +80,7 @@ def test_every_rank_takes_what_the_smallest_can(limits: tuple[int, ...], expecte
 
 
 def test_no_memory_for_one_sample_is_told_on_every_rank() -> None:
-    for message in run_ranks(settled, 2, 2, (4, 0)):
+    for message in run_ranks(settled, 2, 2, (0, 0)):
         assert "found no memory for a single sample on every rank" in message
 
 
