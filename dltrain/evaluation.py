@@ -20,17 +20,19 @@ from dltrain.task import Task
 
 
 def evaluate(engine: Engine, task: Task, loader: Loader) -> Metric:
-    """One pass over the loader's epoch; collective. Returns the metric, its sums reduced over all ranks.
+    """One pass over the loader's epoch with the averaged weights, where an average is kept; collective. Returns the
+    metric, its sums reduced over all ranks.
 
     The padded tail keeps ranks in step and counts for nothing. Raises :class:`UserError` when the samples counted are
     not those of the data set.
     """
     metric = task.metrics()
     loader.position = 0
-    for batch in loader:
-        outputs, losses = engine.evaluate(batch)
-        if engine.counts:
-            metric.update(outputs, losses, batch)
+    with engine.averaged():
+        for batch in loader:
+            outputs, losses = engine.evaluate(batch)
+            if engine.counts:
+                metric.update(outputs, losses, batch)
     reduce_sums(metric)
     counted = metric.compute().get("samples", loader.samples)
     if round(counted) != loader.samples:

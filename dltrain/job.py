@@ -28,20 +28,23 @@ from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer, committed, read_state, step_folder
 from dltrain.checkpoint.weights import starting_weights, wants_weights
 from dltrain.config import Config, from_tree, load_overrides, split_arguments, to_yaml
+from dltrain.config.tree import AUTO
 from dltrain.data.reader import Dataset
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from dltrain.evaluation import evaluate, write_report
+from dltrain.hooks.agreement import CheckAgreement
 from dltrain.hooks.base import Hook
 from dltrain.hooks.progress import progress
 from dltrain.hooks.records import Records
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
+from dltrain.parallel.checks import check_layout
 from dltrain.parallel.weights import Weights
 from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
 from dltrain.runtime.environment import Environment
-from dltrain.runtime.launch import RECIPE, report_failure, report_ready
+from dltrain.runtime.launch import RECIPE, report_failure, report_ready, report_running
 from dltrain.runtime.logs import say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
@@ -67,7 +70,9 @@ def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise TypeError(f"main() takes a class derived from Task, not {task!r}")
     environment = Environment.read()
+    report_running(environment.rank, True)
     status = _guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment)
+    report_running(environment.rank, False)
     if environment.world_size > 1:
         _leave(status)
     sys.exit(status)
@@ -85,6 +90,7 @@ def _leave(status: int) -> None:
 def train(job: Job) -> int:
     """Train; returns the exit status. The last line on standard output is the result as one JSON object."""
     started = time.monotonic()
+    check_layout(job.config, job.environment)
     storage.configure(job.config.storage)
     with joined(job.config, job.environment) as device, stop_flag() as stop:
         report_ready(job.environment.rank)
@@ -117,6 +123,7 @@ def train(job: Job) -> int:
 
 def evaluate_run(job: Job, run: RunFolder) -> int:
     """Score a run's best checkpoint (or its last) on the held-out samples and write its report."""
+    check_layout(job.config, job.environment, batch=False)
     storage.configure(job.config.storage)
     with joined(job.config, job.environment) as device:
         task = job.task(job.config)
@@ -130,6 +137,8 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
         if path is None:
             raise UserError(f"the run {run.path} has no checkpoint to evaluate")
         state = checkpointer.load(path, engine)
+        if engine.micro_batch == AUTO:
+            engine.micro_batch = state.get("micro_batch", AUTO)
         metric = evaluate(engine, task, loader)
         facts = _report_facts(run, state["step"], path, job.config)
         target = write_report(metric, run.report, facts, job.environment)
@@ -220,6 +229,8 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
     hooks = task.hooks()
     if not isinstance(hooks, list) or not all(isinstance(hook, Hook) for hook in hooks):
         raise UserError(f"{type(task).__name__}.hooks() must return a list of hooks, such as [MyHook()], not {hooks!r}")
+    if job.config.run.check_every:
+        hooks.append(CheckAgreement(int(job.config.run.check_every.value)))
     if not job.environment.is_main:
         return hooks
     hooks += [Records(run.metrics), *progress(job.config.logging.progress)]
@@ -283,7 +294,7 @@ def _record_end(job: Job, run: RunFolder, status: str, **facts: Any) -> None:
 def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: float, hooks: list[Hook]) -> int:
     """Report, record, and the last line."""
     if status == "stopped":
-        _record_end(job, run, status, step=trainer.step)
+        _record_end(job, run, status, step=trainer.step, micro_batch=trainer.engine.micro_batch)
         say(job.environment, f"stopped and saved at step {trainer.step}; go on with: --run.resume {run.path}")
         return EXIT_STOPPED
     if trainer.last_metric is not None and job.config.evaluation.report:
@@ -293,7 +304,7 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
         _show_pictures(run, trainer.step, hooks)
     rate = trainer.trained_samples / max(trainer.trained_seconds, 1e-9)
     facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
-    _record_end(job, run, status, scores=trainer.scores, **facts)
+    _record_end(job, run, status, scores=trainer.scores, micro_batch=trainer.engine.micro_batch, **facts)
     report = f"; report: {run.report / 'evaluation.html'}" if run.report.is_dir() else ""
     say(job.environment, f"finished {trainer.step} steps in {seconds:.1f} s: {run.path}{report}")
     if job.environment.is_main:
@@ -311,7 +322,8 @@ def _show_pictures(run: RunFolder, step: int, hooks: list[Hook]) -> None:
 
 
 def _report_facts(run: RunFolder, step: int, checkpoint: Path | None, config: Config) -> dict[str, Any]:
-    return {"run": run.name, "step": step, "checkpoint": str(checkpoint or ""), "data": config.data.evaluation}
+    facts = {"run": run.name, "step": step, "checkpoint": str(checkpoint or ""), "data": config.data.evaluation}
+    return {**facts, "weights": f"averaged, optim.ema {config.optim.ema:g}"} if config.optim.ema else facts
 
 
 def _show(result: dict[str, Any]) -> None:

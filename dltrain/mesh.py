@@ -1,7 +1,7 @@
 """The device mesh: the only place that builds one. The others ask for an axis by name.
 
 Axes are ``pp, dp_replicate, dp_shard, cp, tp``, outermost first, so that the ranks that split layers, which talk most,
-are neighbours, and the parts of a pipeline, which talk least, lie furthest apart. Degrees are checked once, here.
+are neighbours, and the parts of a pipeline, which talk least, lie furthest apart. ``degrees.py`` checks them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dltrain.config import Parallel
-from dltrain.errors import UserError
+from dltrain.degrees import degrees_of
 from dltrain.runtime.environment import Environment
 
-_AXES = ("pp", "dp_replicate", "shard", "tp")  # ranks with other tokens of the same samples have shards of their own
+AXES = ("pp", "dp_replicate", "shard", "tp")
+"""Of torch's mesh. Ranks with other tokens of the same samples have shards of their own: dp_shard and cp are one."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,17 @@ class Mesh:
         """The ranks that hold the same as this one and see other samples; ``None`` for one alone."""
         return self._data_group
 
+    def axis_group(self, name: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one in the axis ``name`` of :data:`AXES` alone; ``None`` where there are no
+        others."""
+        if self.devices is None or self._axes(name).size() == 1:
+            return None
+        return self._axes(name).get_group()
+
+    def place_on(self, name: str) -> int:
+        """This rank's place in the axis ``name`` of :data:`AXES`."""
+        return self._axes(name).get_local_rank()
+
     def _axes(self, *names: str) -> DeviceMesh:
         if self.devices is None:
             raise AssertionError("a mesh of one rank has no axes")
@@ -131,44 +143,13 @@ class Mesh:
 
 
 def build_mesh(parallel: Parallel, environment: Environment, device: torch.device) -> Mesh:
-    """Resolve -1, check that the degrees multiply to the number of ranks, and build. Raises :class:`UserError`."""
-    world, tp, cp, pp = environment.world_size, parallel.tp, parallel.cp, parallel.pp
-    model = pp * cp * tp
-    if environment.local_world_size % tp:
-        raise UserError(
-            f"parallel.tp is {tp}, which does not divide the {environment.local_world_size} ranks of a node; ranks "
-            "that share layers must be on one node"
-        )
-    if world % model:
-        raise UserError(
-            f"parallel.pp {pp} x parallel.cp {cp} x parallel.tp {tp} = {model} does not divide the {world} ranks"
-        )
-    replicate, shard = _resolve(parallel.dp_replicate, parallel.dp_shard, world // model)
-    total = replicate * shard * model
-    if total != world:
-        degrees = {"pp": pp, "dp_replicate": replicate, "dp_shard": shard, "cp": cp, "tp": tp}
-        shown = [f"parallel.{name} {degree}" for name, degree in degrees.items() if degree > 1 or "dp" in name]
-        raise UserError(
-            f"{' x '.join(shown)} = {total}, but there are {world} ranks; give dp_replicate or dp_shard -1, or start "
-            f"{total} ranks"
-        )
+    """The mesh of the degrees asked for. Raises :class:`UserError` where they do not fit the ranks."""
+    degrees = degrees_of(parallel, environment)
+    pp, replicate, shard, cp, tp = degrees
     devices = context = None
-    if world > 1:
-        devices = init_device_mesh(device.type, (pp, replicate, shard * cp, tp), mesh_dim_names=_AXES)
+    if environment.world_size > 1:
+        devices = init_device_mesh(device.type, (pp, replicate, shard * cp, tp), mesh_dim_names=AXES)
     if cp > 1:
-        apart = init_device_mesh(device.type, (world // (cp * tp), cp, tp), mesh_dim_names=("rest", "cp", "tp"))
-        context = apart["cp"].get_group()
-    return Mesh(pp, replicate, shard, cp, tp, environment, devices, context)
-
-
-def _resolve(replicate: int, shard: int, ranks: int) -> tuple[int, int]:
-    for name, degree in (("dp_replicate", replicate), ("dp_shard", shard)):
-        if degree == 0 or (degree > 0 and ranks % degree):
-            raise UserError(f"parallel.{name} is {degree}, which does not divide the {ranks} ranks")
-    if replicate == shard == -1:
-        return 1, ranks
-    if replicate == -1:
-        return ranks // shard, shard
-    if shard == -1:
-        return replicate, ranks // replicate
-    return replicate, shard
+        sizes = (environment.world_size // (cp * tp), cp, tp)
+        context = init_device_mesh(device.type, sizes, mesh_dim_names=("rest", "cp", "tp"))["cp"].get_group()
+    return Mesh(*degrees, environment, devices, context)

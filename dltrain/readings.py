@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dltrain.errors import UserError
 from dltrain.hooks.base import NOTHING, Request
 
 
@@ -30,10 +31,25 @@ class Reading:
     loss: float
     norm: float
     requests: Request
+    loss_scale: float = 0.0
+    """Of fp16, after the step; 0 without one."""
 
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+LEAST_SCALE = 1.0
+"""Of fp16's loss scale: below, Megatron-LM's ``min-loss-scale`` and ours, overflow is no longer a matter of scale."""
+
+
+def refuse_vanished(reading: Reading) -> None:
+    """Overflow of fp16 is no fault as long as a smaller loss scale may mend it. Raises :class:`UserError`."""
+    if reading.loss_scale < LEAST_SCALE:
+        raise UserError(
+            f"the gradient of step {reading.step} is not finite at any loss scale down to {reading.loss_scale:g} (loss "
+            f"{reading.loss:.4g}); set precision.compute bf16 or fp32, lower optim.learning_rate, or look at the data"
+        )
 
 
 class _OnTheWay:
@@ -68,7 +84,9 @@ class _Pending:
     positions: tuple[int, int]
     learning_rate: float
     requests: Request
-    values: _OnTheWay  # one rank: count, loss sum, norm; several: count, loss sum of the step before, requests, norm
+    # one rank: count, loss sum, norm; several: count, loss sum of the step before, requests, norm; then the loss scale
+    values: _OnTheWay
+    scaled: bool
 
 
 class Readings:
@@ -100,23 +118,35 @@ class Readings:
         self._reduced = vector
         return vector[0].float()
 
-    def push(self, step: int, positions: tuple[int, int], learning_rate: float, loss_sum: Tensor, norm: Tensor) -> None:
+    def push(
+        self,
+        step: int,
+        positions: tuple[int, int],
+        learning_rate: float,
+        loss_sum: Tensor,
+        norm: Tensor,
+        loss_scale: Tensor | None = None,
+    ) -> None:
         """Queue the values of the step whose count was reduced last."""
         self._loss_sum = loss_sum
         values = [self._reduced, norm] if self._distributed else [self._reduced, loss_sum, norm]
-        self._queue.append(_Pending(step, positions, learning_rate, self._requests, _OnTheWay(values, self._device)))
+        values += [] if loss_scale is None else [loss_scale]
+        on_the_way = _OnTheWay(values, self._device)
+        self._queue.append(_Pending(step, positions, learning_rate, self._requests, on_the_way, loss_scale is not None))
 
     def pop(self, up_to: int) -> Iterator[Reading]:
         """Readings of the steps up to ``up_to``; one needs its successor in the queue, which may carry its loss."""
         while len(self._queue) > 1 and self._queue[0].step <= up_to:
             first = self._queue.popleft()
-            count, loss_sum, *flags, norm = first.values.numbers()
+            numbers = first.values.numbers()
+            scale = numbers.pop() if first.scaled else 0.0
+            count, loss_sum, *flags, norm = numbers
             requests = first.requests
             if self._distributed:
                 loss_sum = self._queue[0].values.numbers()[1]
                 requests = self._requests_of(flags) if any(flags) else NOTHING
             loss = loss_sum / count if count else 0.0
-            yield Reading(first.step, *first.positions, first.learning_rate, loss, norm, requests)
+            yield Reading(first.step, *first.positions, first.learning_rate, loss, norm, requests, scale)
 
     def flush(self) -> list[Reading]:
         """Readings of every step so far; collective, for the last step's loss takes a reduction of its own."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from dltrain.checkpoint.checkpointer import Checkpointer
 from dltrain.config import Config, Length
+from dltrain.config.tree import AUTO
 from dltrain.data.batch import Batch
 from dltrain.data.loader import Loader
 from dltrain.data.order import step_key
@@ -26,7 +27,7 @@ from dltrain.hooks.meter import Meter
 from dltrain.metrics.base import Metric
 from dltrain.optim.schedule import build_schedule
 from dltrain.parallel.engine import Engine
-from dltrain.readings import Reading, Readings
+from dltrain.readings import Reading, Readings, refuse_vanished
 from dltrain.runtime.seeds import seed_all
 from dltrain.runtime.stop import StopFlag
 from dltrain.task import Task
@@ -124,7 +125,7 @@ class Trainer:
         learning_rate = self._schedule.at(self.step)
         norm = self.engine.step(learning_rate, self.config.optim.max_norm)
         self.step += 1
-        self._readings.push(self.step, (previous, self.position), learning_rate, loss.sum, norm)
+        self._readings.push(self.step, (previous, self.position), learning_rate, loss.sum, norm, self.engine.loss_scale)
         self._tell("step_end")
 
     def evaluate(self) -> Metric | None:
@@ -159,6 +160,7 @@ class Trainer:
             "schedule": {"total_steps": self.total_steps, "learning_rate": self._schedule.at(self.step)},
             "best": self.best,
             "evaluation_left": self._evaluation_left,
+            "micro_batch": self.engine.micro_batch,
             "elapsed_seconds": self._elapsed + time.monotonic() - self._since,
             "hooks": {type(h).__name__: h.state_dict() for h in self.hooks if hasattr(h, "state_dict")},
             "config": self.config.model_dump(mode="json"),
@@ -171,6 +173,8 @@ class Trainer:
         self.step = int(state["step"])
         self.best, self._elapsed = state["best"], float(state["elapsed_seconds"])
         self._evaluation_left = state["evaluation_left"]
+        if self.engine.micro_batch == AUTO:  # another size would give other bits
+            self.engine.micro_batch = state.get("micro_batch", AUTO)
         self._passed = {request: int(self._elapsed / interval.seconds) for request, interval in self._timed}
         for hook in self.hooks:
             if hasattr(hook, "load_state_dict") and type(hook).__name__ in state["hooks"]:
@@ -253,10 +257,17 @@ class Trainer:
             **self._meter.read(),
             **self.loader.seen(),
         }
+        if reading.loss_scale:
+            record["loss_scale"] = reading.loss_scale
         self._tell("logged", record)
 
     def _refuse_nonfinite(self, reading: Reading) -> None:
-        if reading.finite or self.config.run.nonfinite == "skip":
+        if reading.finite:
+            return
+        if reading.loss_scale:
+            refuse_vanished(reading)
+            return
+        if self.config.run.nonfinite == "skip":
             return
         raise UserError(
             f"the gradient of step {reading.step} is not finite (loss {reading.loss:.4g}, norm {reading.norm:.4g}); "

@@ -28,6 +28,7 @@ from dltrain.hooks.base import Hook, View
 from dltrain.job_data import Place, open_data, train_loader
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
+from dltrain.parallel.checks import check_layout
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.process_group import joined
 from dltrain.task import Task
@@ -73,6 +74,7 @@ def record_steps(task: type[Task], config: Config, environment: Environment, fol
         logging=config.logging.replace(every=Length.parse("1st")),
         schedule=Schedule(name="constant"),
     )
+    check_layout(config, environment)
     storage.configure(config.storage)
     with joined(config, environment) as device:
         still = _without_chance(task)(config)

@@ -15,15 +15,28 @@ import google_crc32c
 import torch.distributed as dist
 
 from dltrain import storage
-from dltrain.checkpoint.tensors import load_tensors, save_tensors
+from dltrain.checkpoint.tensors import load_tensors, parts_saved, save_tensors
 from dltrain.errors import UserError
 from dltrain.parallel.engine import Engine
 from dltrain.runtime.environment import Environment
-from dltrain.runtime.logs import warn
+from dltrain.runtime.logs import say, warn
 
 COMMITTED = "COMMITTED"
 STATE = "state.json"
 BEST = "best.json"
+
+OPTIONAL = {
+    "ema": (
+        "has no averaged weights: the average (optim.ema) starts from its weights",
+        "has averaged weights, which are left aside: optim.ema is 0",
+    ),
+    "loss_scale": (
+        "has no loss scale: precision.compute fp16 starts from the usual one",
+        "has a loss scale, which is left aside: precision.compute is not fp16",
+    ),
+}
+"""Parts of an engine's state that a checkpoint may have or not: what is said when it lacks one that is wanted, and when
+it has one that is not."""
 
 
 class Checkpointer:
@@ -68,9 +81,20 @@ class Checkpointer:
         if path != self._checked:
             self.refuse_damaged(path)
         state = engine.state_dict()
+        self._match(path, state)
         load_tensors(path, state)
         engine.load_state_dict(state)
         return read_state(path)
+
+    def _match(self, path: Path, state: dict[str, Any]) -> None:
+        """Leave out of ``state`` what the checkpoint may lack, and tell what is in one of the two alone."""
+        saved = parts_saved(path)
+        for part, (missing, unwanted) in OPTIONAL.items():
+            if part in saved and part not in state:
+                say(self._environment, f"{path.name} {unwanted}")
+            if part in state and part not in saved:
+                del state[part]
+                say(self._environment, f"{path.name} {missing}")
 
     def resume_from(self, path: Path, engine: Engine) -> None:
         """Load, and go on from there: later checkpoints, damaged ones among them, are dropped; collective."""

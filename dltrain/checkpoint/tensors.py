@@ -81,12 +81,8 @@ def load_tensors(folder: Path, state: dict[str, Any]) -> None:
 
     Raises :class:`UserError` naming the first tensor that is missing or of another shape.
     """
-    tensors = flatten(state)
-    reader = _Reader(folder)
-    try:
-        saved = reader.read_metadata().state_dict_metadata
-    except (pickle.UnpicklingError, OSError, EOFError, AttributeError) as error:
-        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
+    tensors, reader = flatten(state), _Reader(folder)
+    saved = _names(reader)
     for name in _never_stepped(tensors, saved):
         tensors.pop(name).zero_()
     for name, tensor in tensors.items():
@@ -100,6 +96,19 @@ def load_tensors(folder: Path, state: dict[str, Any]) -> None:
             )
     with _quiet():
         load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def parts_saved(folder: Path) -> set[str]:
+    """First words of the names of what lies there: ``model``, ``optimizer``, perhaps ``ema`` and ``loss_scale``."""
+    return {name.partition("/")[0] for name in _names(_Reader(folder))}
+
+
+def _names(reader: _Reader) -> Mapping[str, Any]:
+    """What is saved, by name. Raises :class:`UserError` where that cannot be read."""
+    try:
+        return reader.read_metadata().state_dict_metadata
+    except (pickle.UnpicklingError, OSError, EOFError, AttributeError) as error:
+        raise UserError(f"the checkpoint {reader.path} cannot be read: {error}") from None
 
 
 def _never_stepped(tensors: dict[str, Tensor], saved: Mapping[str, Any]) -> list[str]:
@@ -149,10 +158,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def flatten(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors by name: ``model/<parameter>`` and ``optimizer/<parameter>/<state>``."""
+    """Tensors by name: ``model/<parameter>``, ``optimizer/<parameter>/<state>``, and ``ema/weights/<parameter>``."""
     tensors = {f"model/{name}": value for name, value in state["model"].items()}
     for name, values in state["optimizer"]["state"].items():
         tensors |= {f"optimizer/{name}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    if "ema" in state:
+        tensors |= {f"ema/weights/{name}": value for name, value in state["ema"]["weights"].items()}
+        tensors["ema/updates"] = state["ema"]["updates"]
+    tensors |= {f"loss_scale/{name}": value for name, value in state.get("loss_scale", {}).items()}
     return tensors
 
 

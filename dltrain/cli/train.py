@@ -10,8 +10,10 @@ from dltrain.cli.main import Parser
 from dltrain.config import Config, split_arguments
 from dltrain.config.describe import describe
 from dltrain.errors import UserError
+from dltrain.parallel.checks import check_layout
 from dltrain.recipes import declarations, find, recipe_name
 from dltrain.run_folder import choose_run
+from dltrain.runtime.environment import Environment
 from dltrain.runtime.launch import RECIPE, launch
 
 
@@ -31,6 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     if known.nproc < 1:
         raise UserError(f"--nproc is {known.nproc}; give 1 or more")
     config = declarations(known.recipe).configure(known.preset, overrides, known.config)
+    check_layout(config, Environment(0, known.nproc, 0, known.nproc))
     choose_run(config, recipe_name(known.recipe), known.preset)
     command = [sys.executable, str(find(known.recipe)), "train"]
     command += ["--preset", known.preset] if known.preset else []

@@ -12,15 +12,24 @@ section of its own; a preset is a function that returns a config.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from dltrain.config.deepspeed import DeepSpeed, refuse_other_layouts
 from dltrain.config.length import Length
 from dltrain.config.section import Section
 
 NotNegative = Field(default=0, ge=0)
+
+AUTO = -1
+"""The number that 'auto' stands for."""
+
+MicroBatch = Annotated[
+    int,
+    BeforeValidator(lambda value: AUTO if value == "auto" else value),
+    PlainSerializer(lambda value: "auto" if value == AUTO else value, when_used="json"),
+]
 
 
 class Run(Section):
@@ -42,6 +51,8 @@ class Run(Section):
     """Where to train; 'auto' takes CUDA where there is one."""
     threads: int = NotNegative
     """CPU threads of each rank; 0 divides the cores by the ranks on this host."""
+    check_every: Length = Length.parse("0st")
+    """Interval in steps between checks that ranks hold the same weights, buffers and learning rates; 0st makes none."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What follows a gradient that is not finite. Either way the update is skipped on the device."""
 
@@ -170,6 +181,10 @@ class Optim(Section):
     """SGD with Nesterov's momentum."""
     max_norm: float = NotNegative
     """Clip the global gradient norm at this value; 0 measures it without clipping."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the weights' average over the steps, which is evaluated in their stead; 0 keeps none."""
+    ema_warmup: bool = True
+    """Average over few steps at first, so that initial weights are forgotten, as timm does."""
 
 
 class Schedule(Section):
@@ -190,8 +205,8 @@ class Schedule(Section):
 class Precision(Section):
     """Number formats and compilation."""
 
-    compute: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps fp32 master weights and fp32 gradient reduction."""
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 keep fp32 master weights and fp32 gradient reduction; fp16 scales losses, as GradScaler does."""
     matmul: Literal["highest", "high"] = "highest"
     """'high' lets fp32 matrix products use TF32 on a GPU."""
     batch_norm: Literal["local", "synchronised"] = "local"
@@ -227,9 +242,10 @@ class Parallel(Section):
     """Stages on each rank of a pipeline; 0 takes 1 for gpipe and 1f1b, 2 for the others."""
     reshard_after_forward: bool = True
     """Free gathered parameters after the forward pass (ZeRO-3) or keep them for the backward pass (ZeRO-2)."""
-    micro_batch: int = NotNegative
+    micro_batch: MicroBatch = Field(default=0, ge=AUTO)
     """Most samples per rank in one forward pass; gradients accumulate over the rest. 0 takes all at once, and in a
-    pipeline as many micro-batches as it has stages, at least twice `pp`."""
+    pipeline as many micro-batches as it has stages, at least twice `pp`. 'auto' tries, before the run, what every rank
+    has the memory for (one process and DDP)."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
     deepspeed: DeepSpeed = DeepSpeed()
@@ -300,6 +316,8 @@ class Config(Section):
         for name, length in (*lengths, *_milestones(self.schedule)):
             if length.unit == "h":
                 raise ValueError(f"{name} is {length}: give it in epochs (ep) or steps (st)")
+        if self.run.check_every.unit != "st":
+            raise ValueError(f"run.check_every is {self.run.check_every}: give it in steps (st)")
         if self.run.length.unit == "h" and self.schedule.name == "cosine":
             raise ValueError("schedule.name cosine needs run.length in epochs or steps; take 'constant' or 'step'")
         if self.data.train and self.data.sources:

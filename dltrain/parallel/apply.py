@@ -14,6 +14,7 @@ from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.optim.freezing import freeze
 from dltrain.optim.optimizer import build_optimizer
+from dltrain.parallel.agreement import refuse_untied, tied
 from dltrain.parallel.batch_norm import synchronise
 from dltrain.parallel.data import replicate, shard
 from dltrain.parallel.deepspeed.engine import DeepSpeedEngine, deepspeed_engine
@@ -63,7 +64,7 @@ def parallelize(
     model = _built(task, config, weights)
     if brings_its_own(task) and mesh.devices is not None:
         return parallelize_by_task(task, model, config, mesh, device)
-    plan, names = task.plan() or Plan.auto(model), trained(model)
+    plan, names, ties = task.plan() or Plan.auto(model), trained(model), tied(model)
     units = plan.modules(model)
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
     refuse_split_ties(model, splits)
@@ -102,6 +103,7 @@ def parallelize(
             adopt(model, roots)
     elif parts is None and mesh.reduced_ranks > 1:
         wrapped = replicate(model, device)
+    refuse_untied(model, ties)
     optimizer = build_optimizer(model, config.optim, names)
     if parts is not None:
         return PipelineEngine(task, parts, optimizer, config, device, mesh, names)

@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dltrain.config import Config
 from dltrain.errors import UserError
 from dltrain.mesh import Mesh
+from dltrain.parallel.averaging import mend_average
+from dltrain.parallel.forward import COMPUTE
 
 
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
@@ -38,7 +40,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
             raise UserError(
                 f"{name} of {type(model).__name__} is a scalar, which FSDP2 cannot shard; give it shape [1]"
             )
-    compute = torch.bfloat16 if config.precision.compute == "bf16" else None
+    compute = COMPUTE.get(config.precision.compute)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     if compute is not None:
         _keep_batch_norm_in_fp32(model, mesh, compute)
@@ -51,6 +53,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
             reshard_after_forward=reshard,
         )
     fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy)
+    mend_average(model, mesh.shard_axes(), mesh.environment)
     return model
 
 

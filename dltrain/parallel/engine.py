@@ -7,6 +7,7 @@ and the state of model and optimizer. It never looks at a value on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +22,16 @@ class Engine(Protocol):
 
     device: torch.device
 
+    micro_batch: int
+    """Most samples in one forward pass; 0 takes all, and ``AUTO`` is settled by :meth:`settle`."""
+
     counts: bool
     """Whether this rank stands for those that see the same samples, in sums over all ranks: it has their losses."""
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """By which fp16 multiplies the next step's losses before their backward pass, float32 scalar; else ``None``."""
+        ...
 
     def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
         """Gradients of ``sum of weighted losses / count`` over all data ranks; ``count`` is the global count, a float
@@ -31,13 +40,17 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float, max_norm: float) -> Tensor:
         """Clip (unless ``max_norm`` is 0), update and clear gradients. Returns the global norm before clipping, float32
-        scalar; an update whose norm is not finite changes nothing."""
+        scalar; an update whose norm is not finite changes no weight."""
         ...
 
     def evaluate(self, batch: Batch) -> tuple[Any, Tensor]:
         """The task's predictions and its losses per sample [n], in evaluation mode and without gradients; collective.
 
         Empty on a rank that does not count and has none of them."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within, the weights are their average over the steps, where one is kept (``optim.ema``)."""
         ...
 
     def settle(self, peek: Callable[[], Batch]) -> None:
@@ -56,10 +69,17 @@ class Engine(Protocol):
         Between :meth:`forward_backward` and :meth:`step`."""
         ...
 
+    def fault(self) -> str:
+        """What ranks that should hold the same between steps do not; empty where all is well. Collective; it waits for
+        the device."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
-        """``{"model": ..., "optimizer": ...}``, tensors by parameter name, sharded as they are."""
+        """``{"model": ..., "optimizer": ...}``, tensors by parameter name, sharded as they are.
+
+        With ``"ema"``, ``{"weights": ..., "updates": ...}``, where an average is kept, and ``"loss_scale"`` in fp16."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned, under any layout."""
+        """Take over what :meth:`state_dict` returned, under any layout; without ``"ema"`` an average begins anew."""
         ...

@@ -17,6 +17,9 @@ from dltrain.task import Task
 LEAST_COUNT = 1e-20
 """A step whose samples all weigh 0 has no gradient, rather than one that is not a number."""
 
+COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Formats of ``precision.compute`` that weights, in fp32, are cast to."""
+
 
 def inputs_of(task: Task, batch: Batch, precision: Precision) -> tuple[Any, ...]:
     """The model's arguments, images channels last where that is asked for."""
@@ -25,8 +28,9 @@ def inputs_of(task: Task, batch: Batch, precision: Precision) -> tuple[Any, ...]
 
 
 def autocast(device: torch.device, precision: Precision, sharded: bool) -> AbstractContextManager[Any]:
-    """bf16 for the model's forward, unless it is fp32, or ``sharded``: FSDP2 then casts by itself."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision.compute == "bf16" and not sharded)
+    """bf16 or fp16 for the model's forward, unless it is fp32, or ``sharded``: FSDP2 then casts by itself."""
+    dtype = COMPUTE.get(precision.compute)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None and not sharded)
 
 
 def losses_of(task: Task, outputs: Any, batch: Batch, precision: Precision) -> tuple[Any, Tensor]:

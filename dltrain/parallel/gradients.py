@@ -74,9 +74,13 @@ def add_up(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale gradients in place so that their norm is at most ``max_norm``; never looks at a value on the host."""
+    scale_by(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def scale_by(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place by a scalar on their device."""
     if gradients:
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
+        torch._foreach_mul_([_local(gradient) for gradient in gradients], factor)
 
 
 def whole(tensor: Tensor) -> Tensor:

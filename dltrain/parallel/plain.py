@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dltrain.config import Config
+from dltrain.config.tree import AUTO
 from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
 from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
-from dltrain.parallel.gradients import add_up
+from dltrain.parallel.probe import probe
 from dltrain.parallel.update import Updating, trained
+from dltrain.runtime.logs import say
 from dltrain.task import Loss, Task
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -40,7 +43,8 @@ class PlainEngine(Updating):
         self.counts = mesh.counts
         self._task, self._wrapped = task, wrapped
         self._data_ranks = mesh.data_ranks
-        self._micro_batch = config.parallel.micro_batch
+        self.micro_batch = config.parallel.micro_batch
+        self._environment = mesh.environment
         self._precision = config.precision
         self._settled = False
         self._syncs = isinstance(wrapped, DistributedDataParallel | FSDPModule)
@@ -49,8 +53,8 @@ class PlainEngine(Updating):
         if not self._wrapped.training:
             self._wrapped.train()
         # DDP and FSDP2 average over data ranks; the sum is wanted, for `count` is the global one
-        scale = self._data_ranks / count.clamp(min=LEAST_COUNT)
-        pieces = list(batch.split(self._micro_batch))
+        scale = self._scaled(self._data_ranks / count.clamp(min=LEAST_COUNT))
+        pieces = list(batch.split(max(0, self.micro_batch)))
         total: Tensor | None = None
         for place, piece in enumerate(pieces):
             piece = piece.to(self.device)
@@ -60,15 +64,14 @@ class PlainEngine(Updating):
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             raise AssertionError("a batch has at least one sample")
-        if self._sums_are_partial:
-            add_up(self._parameters)
+        self._complete_gradients()
         return Loss(total, count)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Any, Tensor]:
         self._wrapped.eval()
         parts = []
-        for piece in batch.split(self._micro_batch):
+        for piece in batch.split(max(0, self.micro_batch)):
             piece = piece.to(self.device)
             outputs, losses = self._losses(piece, self.model)
             parts.append((self._task.predictions(outputs, piece), losses))
@@ -76,12 +79,17 @@ class PlainEngine(Updating):
 
     def settle(self, peek: Callable[[], Batch]) -> None:
         """DDP orders its buckets anew after the first backward pass, and with three or more ranks another order gives
-        another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike."""
-        if self._settled or not isinstance(self._wrapped, DistributedDataParallel):
+        another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike.
+
+        Before them the size of micro-batches is found, where it is left to us."""
+        replicated = isinstance(self._wrapped, DistributedDataParallel) and not self._settled
+        if not replicated and self.micro_batch != AUTO:
             return
         self._settled, batch = True, peek()
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        for _ in range(2):
+        if self.micro_batch == AUTO:
+            self._find_micro_batch(batch)
+        for _ in range(2 if replicated else 0):
             self.forward_backward(batch, torch.ones((), device=self.device))
             self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
@@ -89,6 +97,21 @@ class PlainEngine(Updating):
 
     def _backward(self, loss: Tensor, scale: Tensor) -> None:
         loss.backward(scale)  # type: ignore[no-untyped-call]
+
+    def _find_micro_batch(self, batch: Batch) -> None:
+        self._wrapped.train()
+        self.micro_batch = probe(len(batch), partial(self._attempt, batch), self.optimizer, self.device)
+        told = f"parallel.micro_batch auto: {self.micro_batch} of {len(batch)} samples at a time"
+        say(self._environment, f"{told}, which every rank has the memory for")
+
+    def _attempt(self, batch: Batch, samples: int) -> None:
+        """Two passes through the bare model, the second beside the gradients of the first."""
+        try:
+            for _ in range(2):
+                piece = next(batch.split(samples)).to(self.device)
+                torch.dot(self._losses(piece, self.model)[1], piece.weight).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _losses(self, batch: Batch, model: nn.Module) -> tuple[Any, Tensor]:
         inputs = inputs_of(self._task, batch, self._precision)

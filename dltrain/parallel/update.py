@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from dltrain.config import Config
 from dltrain.mesh import Mesh
+from dltrain.optim.ema import Average
 from dltrain.optim.optimizer import set_learning_rate, skip_if_nonfinite, skips_by_itself
+from dltrain.parallel.agreement import Agreement
 from dltrain.parallel.data import BufferSync
-from dltrain.parallel.gradients import Norm, clip, gradients_of, whole
+from dltrain.parallel.gradients import Norm, add_up, clip, gradients_of, whole
+from dltrain.parallel.scaling import LossScale
 
 
 class Updating:
@@ -34,12 +39,17 @@ class Updating:
         names: Sequence[str],
     ) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
+        self._agreement = Agreement(model, optimizer, mesh)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sums_are_partial = config.parallel.sequence and mesh.tp > 1
         places = {name: place for place, name in enumerate(names)}
         self._norm = Norm([places[name] for name in trained(model)], len(names), device, mesh.pipeline_group())
-        self._sync_buffers = BufferSync(model, mesh.stage_group(), undo=config.run.nonfinite == "skip")
+        self._scale = LossScale(device) if config.precision.compute == "fp16" else None
+        may_overflow = config.run.nonfinite == "skip" or self._scale is not None
+        self._sync_buffers = BufferSync(model, mesh.stage_group(), undo=may_overflow)
         self._skips_by_itself = skips_by_itself(optimizer)
+        ema = config.optim
+        self._average = Average(model, ema.ema, ema.ema_warmup, device) if ema.ema else None
 
     def step(self, learning_rate: float, max_norm: float) -> Tensor:
         gradients = gradients_of(self._parameters)
@@ -50,10 +60,20 @@ class Updating:
         self._update(norm)
         self.optimizer.zero_grad(set_to_none=True)
         self._sync_buffers(norm)
+        for follower in (self._average, self._scale):
+            if follower is not None:
+                follower.update(_nonfinite(norm))
         return norm
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        return None if self._scale is None else self._scale.value.clone()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
+
+    def fault(self) -> str:
+        return self._agreement.fault()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
@@ -62,7 +82,9 @@ class Updating:
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+        average = {} if self._average is None else {"ema": self._average.state_dict()}
+        scale = {} if self._scale is None else {"loss_scale": self._scale.state_dict()}
+        return {"model": model, "optimizer": optimizer, **average, **scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_state_dict(
@@ -71,6 +93,42 @@ class Updating:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+        if self._average is not None and "ema" in state:
+            self._average.load_state_dict(state["ema"])
+        elif self._average is not None:
+            self._average.restart()
+        if self._scale is not None and "loss_scale" in state:
+            self._scale.load_state_dict(state["loss_scale"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if self._average is None:
+            yield
+            return
+        self._reshard()
+        with self._average.exchanged():
+            try:
+                yield
+            finally:
+                self._reshard()
+
+    def _scaled(self, seed: Tensor) -> Tensor:
+        """What a loss's backward pass begins with, times the loss scale of fp16."""
+        return seed if self._scale is None else seed * self._scale.value
+
+    def _complete_gradients(self) -> None:
+        """Gradients whole, and as they are without a loss scale: what hooks, the norm and clipping see; collective."""
+        if self._sums_are_partial:
+            add_up(self._parameters)
+        if self._scale is not None:
+            self._scale.unscale(gradients_of(self._parameters))
+
+    def _reshard(self) -> None:
+        """FSDP2 keeps gathered weights after a forward pass that no backward pass followed; others are to take their
+        place."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _update(self, norm: Tensor) -> None:
         """The optimizer's step, unless the norm is not finite."""
@@ -79,8 +137,13 @@ class Updating:
             if math.isfinite(norm.item()):
                 self.optimizer.step()
             return
-        skip_if_nonfinite(self.optimizer, (norm - norm).ne_(0.0))  # NaN - NaN and inf - inf are not 0
+        skip_if_nonfinite(self.optimizer, _nonfinite(norm))
         self.optimizer.step()
+
+
+def _nonfinite(norm: Tensor) -> Tensor:
+    """1 where the norm is not finite, else 0: a float scalar on its device."""
+    return (norm - norm).ne_(0.0)  # NaN - NaN and inf - inf are not 0
 
 
 def trained(model: nn.Module) -> list[str]:

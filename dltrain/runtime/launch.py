@@ -46,11 +46,11 @@ def launch(command: Sequence[str], ranks: int, variables: Mapping[str, str] | No
                 variables = base | rank_variables(rank, ranks, port)
                 # a group of its own: a terminal's Ctrl-C reaches the launcher alone, which hands it on once
                 processes.append(subprocess.Popen(command, env=variables, process_group=0))
-            killed = _wait(processes)
+            first, killed = _wait(processes, Path(folder))
         if forwarded.cut_short:
             print("dltrain: interrupted before there was anything to save", file=sys.stderr)
             return EXIT_INTERRUPTED
-        return _verdict(processes, killed, Path(folder))
+        return _verdict(processes, first, killed, Path(folder))
 
 
 def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -81,6 +81,16 @@ def report_failure(rank: int, message: str, status: int) -> bool:
     record = {"rank": rank, "time": time.time(), "message": message, "status": status}
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(record))
     return True
+
+
+def report_running(rank: int, running: bool) -> None:
+    """Tell the launcher that this rank is at work, or no longer: one that ends in between has failed, whatever its
+    status says."""
+    folder = os.environ.get(FAILURES)
+    if folder is None:
+        return
+    mark = Path(folder, f"running-{rank}")
+    mark.touch() if running else mark.unlink(missing_ok=True)
 
 
 def report_ready(rank: int) -> None:
@@ -123,15 +133,21 @@ class _Forwarded:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
-    """Until all have ended, or one has failed and the rest were ended; returns the ranks that had to be killed."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> tuple[set[int], set[int]]:
+    """Until all have ended, or one has failed and the rest were ended; returns the ranks that were seen to fail first,
+    and those that had to be killed."""
     while True:
-        statuses = [process.poll() for process in processes]
-        if any(status not in (None, 0, EXIT_STOPPED) for status in statuses):
-            return _end(processes)
-        if None not in statuses:
-            return set()
+        failed = {rank for rank, process in enumerate(processes) if _failed(process, rank, folder)}
+        if failed:
+            return failed, _end(processes)
+        if all(process.poll() is not None for process in processes):
+            return set(), set()
         time.sleep(0.02)
+
+
+def _failed(process: subprocess.Popen[bytes], rank: int, folder: Path) -> bool:
+    status = process.poll()
+    return status is not None and (status not in (0, EXIT_STOPPED) or (folder / f"running-{rank}").exists())
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
@@ -146,23 +162,27 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
     return left
 
 
-def _verdict(processes: Sequence[subprocess.Popen[bytes]], killed: set[int], folder: Path) -> int:
+def _verdict(processes: Sequence[subprocess.Popen[bytes]], first: set[int], killed: set[int], folder: Path) -> int:
     """Show what came first in the chain: the user's mistake, else a rank that died without a word, else an exception.
 
-    The collapse of peers that waited for a dead rank is not shown.
+    The collapse of peers that waited for a dead rank is not shown. A rank that was aborted is such a peer where another
+    has told of an exception: gloo and NCCL abort when their peers are gone.
     """
     failures = sorted((json.loads(file.read_text()) for file in folder.glob("rank-*.json")), key=lambda f: f["time"])
     mistakes = [failure for failure in failures if failure["status"] == EXIT_USER_ERROR]
-    statuses = {rank: process.returncode for rank, process in enumerate(processes)}
     spoken = {failure["rank"] for failure in failures} | killed
-    silent = [rank for rank, status in statuses.items() if status not in (0, EXIT_STOPPED) and rank not in spoken]
+    silent = [rank for rank, each in enumerate(processes) if _failed(each, rank, folder) and rank not in spoken]
+    silent = [rank for rank in silent if not (failures and processes[rank].returncode == -signal.SIGABRT)]
     if mistakes or (failures and not silent):
         shown = (mistakes or failures)[0]
         print(shown["message"], file=sys.stderr)
         return int(shown["status"])
     if silent:
-        status = statuses[silent[0]]
+        rank = min(silent, key=lambda rank: (rank not in first, rank))
+        status = processes[rank].returncode
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        print(f"dltrain: rank {silent[0]} {how}; checkpoints it had saved are whole", file=sys.stderr)
-        return 128 - status if status < 0 else int(status)
-    return max(statuses.values())
+        print(
+            f"dltrain: rank {rank} {how} before its work was done; checkpoints it had saved are whole", file=sys.stderr
+        )
+        return 128 - status if status < 0 else int(status) or 1
+    return max(process.returncode for process in processes)

@@ -14,6 +14,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dltrain.config import Config
 from dltrain.errors import UserError
 from dltrain.runtime.environment import Environment, cores
+from dltrain.runtime.logs import say
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -36,6 +37,14 @@ def backend_for(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def _reason(wanted: str, device: torch.device) -> str:
+    """The backend, and why it is this one."""
+    if device.type == "cuda":
+        return f"{backend_for(device)}: NCCL for tensors on GPUs, gloo for those on the host"
+    why = "run.device is cpu" if wanted == "cpu" else "torch finds no CUDA device"
+    return f"{backend_for(device)}: {why}"
+
+
 @contextmanager
 def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
     """Set device, threads and numerics, and hold the process group while the body runs."""
@@ -44,6 +53,7 @@ def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
     set_numerics(config)
     if environment.world_size > 1:
         _check_rendezvous(os.environ)
+        say(environment, f"{environment.world_size} ranks talk by {_reason(config.run.device, device)}")
         dist.init_process_group(
             backend_for(device),
             timeout=timedelta(seconds=config.parallel.timeout),

@@ -72,6 +72,28 @@ def test_the_launcher_ends_all_when_one_fails(capfd: pytest.CaptureFixture[str])
     assert "rank 1 ended with status 3" in capfd.readouterr().err
 
 
+RUNNING = "import os, sys, time; from dltrain.runtime.launch import *; rank = int(os.environ['RANK'])"
+
+
+def test_a_rank_that_leaves_in_the_middle_has_failed_whatever_its_status(capfd: pytest.CaptureFixture[str]) -> None:
+    code = f"{RUNNING}; report_running(rank, True); os._exit(0) if rank == 1 else time.sleep(60)"
+    began = time.monotonic()
+    assert launch([sys.executable, "-c", code], 2) == 1
+    assert time.monotonic() - began < 20
+    assert "rank 1 ended with status 0 before its work was done" in capfd.readouterr().err
+    code = f"{RUNNING}; report_running(rank, True); report_running(rank, False)"
+    assert launch([sys.executable, "-c", code], 2) == 0
+
+
+def test_the_first_death_is_told_not_that_of_a_peer_which_followed(capfd: pytest.CaptureFixture[str]) -> None:
+    code = f"{RUNNING}; rank == 1 or time.sleep(0.5); os.kill(os.getpid(), 9 if rank == 1 else 6)"
+    assert launch([sys.executable, "-c", code], 2) == 128 + 9
+    assert "rank 1 was ended by SIGKILL" in capfd.readouterr().err
+    code = f"{RUNNING}; rank == 0 and os.abort(); report_failure(1, 'the reason', 1); time.sleep(0.5); sys.exit(1)"
+    assert launch([sys.executable, "-c", code], 2) == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "the reason"
+
+
 def test_the_environment_is_read_and_checked() -> None:
     two_nodes = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     here = Environment.read(two_nodes)

@@ -15,7 +15,6 @@ from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
 from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
-from dltrain.parallel.gradients import add_up
 from dltrain.parallel.pipeline.channels import Shape, Wires
 from dltrain.parallel.pipeline.executor import Executor, Inputs
 from dltrain.parallel.pipeline.parts import Parts
@@ -40,6 +39,7 @@ class PipelineEngine(Updating):
         super().__init__(parts.model, optimizer, config, mesh, device, names)
         self._task, self._parts, self._mesh = task, parts, mesh
         self._parallel, self._precision = config.parallel, config.precision
+        self.micro_batch = config.parallel.micro_batch
         self._has_losses = parts.owners[-1] == mesh.pp_rank
         self.counts = mesh.counts and self._has_losses
         axis = mesh.pipeline_group()
@@ -61,11 +61,10 @@ class PipelineEngine(Updating):
             return loss
 
         # FSDP2 averages over data ranks; the sum is wanted, for `count` is the global one
-        scale = self._mesh.data_ranks / count.clamp(min=LEAST_COUNT)
+        scale = self._scaled(self._mesh.data_ranks / count.clamp(min=LEAST_COUNT))
         with self._autocast():
             self._executor.train(self._schedule(len(pieces)), shapes, inputs, finish, scale)
-        if self._sums_are_partial:
-            add_up(self._parameters)
+        self._complete_gradients()
         total = torch.zeros((), device=self.device)
         for loss in losses:
             total = total + loss

@@ -65,7 +65,7 @@ def build(name: str, ranks: int, pieces: int, per_rank: int = 0) -> Schedule:
     Pipeline Parallelism", 2024); DualPipeV (DeepSeek, 2025). Raises :class:`UserError` for numbers that do not fit.
     """
     per_rank = per_rank or stages_per_rank(name)
-    _refuse(name, ranks, pieces, per_rank)
+    check_schedule(name, ranks, pieces, per_rank)
     owners = _in_a_v(ranks) if name in _V.names else tuple(stage % ranks for stage in range(ranks * per_rank))
     rows = [_merged(_FORMS[name](rank, ranks, pieces, per_rank)) for rank in range(ranks)]
     return Schedule(name, pieces, owners, tuple(rows))
@@ -306,7 +306,8 @@ def _merged(actions: Iterator[Action]) -> tuple[Action, ...]:
     return tuple(action for action in first if action.stage or action.kind != "I")
 
 
-def _refuse(name: str, ranks: int, pieces: int, per_rank: int) -> None:
+def check_schedule(name: str, ranks: int, pieces: int, per_rank: int) -> None:
+    """Raises :class:`UserError` where a schedule cannot have so many ranks, micro-batches and stages on each rank."""
     if name in ("gpipe", "1f1b") and per_rank != 1:
         raise UserError(
             f"parallel.schedule {name} has one stage on each rank, and parallel.stages_per_rank is {per_rank}; take "

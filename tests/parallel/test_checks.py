@@ -1,0 +1,138 @@
+"""What is refused of a layout before a model is built, and what is named instead; and gloo's average."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dltrain.config import Config, load_overrides
+from dltrain.degrees import Degrees, degrees_of, nearest_legal
+from dltrain.errors import UserError
+from dltrain.parallel import averaging
+from dltrain.parallel.checks import SPLITTING, check_layout
+from dltrain.parallel.pipeline.schedule import NAMES, build
+from dltrain.runtime.environment import Environment
+from dltrain.testing.ranks import run_ranks
+from tests.conftest import Cli
+from tests.parallel import test_engine
+
+
+def config_of(**settings: Any) -> Config:
+    return load_overrides(Config(), {name.replace("__", "."): value for name, value in settings.items()})
+
+
+def here(ranks: int, of_a_node: int = 0) -> Environment:
+    return Environment(0, ranks, 0, of_a_node or ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "expected"),
+    [
+        (4, {}, (1, 4, 1, 1)),
+        (8, {"dp_shard": -1}, (1, 1, 8, 1)),
+        (8, {"dp_shard": 2, "tp": 2}, (1, 2, 2, 2)),
+        (8, {"pp": 2, "dp_replicate": 2, "dp_shard": -1}, (2, 2, 2, 1)),
+    ],
+)
+def test_what_is_left_open_takes_the_ranks_that_are_left(
+    ranks: int, settings: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    config = config_of(**{f"parallel__{name}": value for name, value in settings.items()})
+    assert degrees_of(config.parallel, here(ranks)) == Degrees(*expected)
+
+
+REFUSED = [
+    (6, {"parallel__tp": 4}, "parallel.tp is 4, which does not divide the 6 ranks of a node",
+     ["pp 1 dp_replicate 2 dp_shard 1 tp 3", "pp 1 dp_replicate 1 dp_shard 1 tp 6", "pp 1 dp_replicate 3"]),
+    (6, {"parallel__pp": 4}, "parallel.pp 4 x parallel.tp 1 = 4 does not divide the 6 ranks",
+     ["pp 3 dp_replicate 2 dp_shard 1 tp 1", "pp 6 dp_replicate 1 dp_shard 1 tp 1"]),
+    (8, {"parallel__tp": 2, "parallel__dp_shard": 8}, "parallel.dp_shard is 8, which does not divide the 4 ranks that",
+     ["pp 1 dp_replicate 1 dp_shard 4 tp 2", "pp 1 dp_replicate 1 dp_shard 8 tp 1"]),
+    (4, {"parallel__dp_replicate": 2, "parallel__dp_shard": 1}, "parallel.tp 1 = 2, but there are 4 ranks",
+     ["pp 1 dp_replicate 2 dp_shard 1 tp 2", "pp 1 dp_replicate 2 dp_shard 2 tp 1"]),
+    (4, {"data__global_batch_size": 3}, "data.global_batch_size is 3, smaller than the 4 data ranks; give at least 4",
+     ["pp 1 dp_replicate 2 dp_shard 1 tp 2", "pp 2 dp_replicate 2 dp_shard 1 tp 1"]),
+    (2, {"parallel__pp": 2, "parallel__schedule": "zbv_zero_bubble", "precision__compile": True},
+     "zbv_zero_bubble takes backward passes apart", ["take 1f1b or interleaved_1f1b, or set precision.compile false"]),
+    (2, {"parallel__pp": 2, "parallel__schedule": "dualpipe_v", "parallel__micro_batch": 32},
+     "needs at least 4 micro-batches, and there are 2", ["make parallel.micro_batch smaller"]),
+    (2, {"parallel__pp": 2, "parallel__stages_per_rank": 2}, "1f1b has one stage on each rank",
+     ["take interleaved_1f1b"]),
+    (2, {"parallel__pp": 2, "parallel__schedule": "interleaved_1f1b", "parallel__micro_batch": 22},
+     "rounds of parallel.pp 2, and there are 3", ["set parallel.micro_batch"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "settings", "found", "instead"), REFUSED, ids=[case[2][:40] for case in REFUSED])
+def test_a_layout_that_cannot_be_is_told_with_what_can(
+    ranks: int, settings: dict[str, Any], found: str, instead: list[str]
+) -> None:
+    with pytest.raises(UserError) as refused:
+        check_layout(config_of(**{"data__global_batch_size": 64, **settings}), here(ranks))
+    assert found in str(refused.value)
+    for words in instead:
+        assert words in str(refused.value)
+
+
+def test_split_layers_are_offered_within_a_node_alone() -> None:
+    near = nearest_legal(config_of(parallel__tp=8).parallel, here(8, of_a_node=2))
+    assert near.startswith("pp 1 dp_replicate 4 dp_shard 1 tp 2")
+    assert "tp 4" not in near
+    assert "tp 8" not in near
+
+
+def test_every_layout_that_is_named_is_legal() -> None:
+    for ranks in (1, 6, 8, 12):
+        for asked in ({"tp": 5}, {"pp": 7}, {"dp_shard": 5}, {"dp_replicate": 9, "dp_shard": 1}):
+            parallel = config_of(**{f"parallel__{name}": value for name, value in asked.items()}).parallel
+            with pytest.raises(UserError):
+                degrees_of(parallel, here(ranks))
+            for settings in nearest_legal(parallel, here(ranks)).split(", or "):
+                words = settings.split()
+                named = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+                assert degrees_of(parallel.replace(**named), here(ranks))._asdict() == named
+
+
+def test_the_schedules_that_split_are_those_that_say_so() -> None:
+    assert tuple(name for name in NAMES if build(name, 2, 4).splits) == SPLITTING
+
+
+def test_the_command_line_refuses_before_a_rank_starts(cli: Cli) -> None:
+    began = time.monotonic()
+    done = cli("train", "image/classify", "--preset", "digits", "--nproc", "4", "--parallel.tp", "3")
+    assert done.status == 2
+    assert "which does not divide the 4 ranks of a node" in done.err
+    assert time.monotonic() - began < 20  # nothing was imported or started
+
+
+def sums_instead(rank: int, ranks: int) -> tuple[bool, list[float], list[float]]:
+    """A build of torch whose gloo sums: whether it is found, FSDP2's losses, and its norms had it not been found."""
+    scatter = getattr(dist, averaging.SCATTER)
+
+    def summing(output: Any, input: Any, op: Any = dist.ReduceOp.SUM, *rest: Any, **named: Any) -> Any:
+        return scatter(output, input, dist.ReduceOp.SUM if op == dist.ReduceOp.AVG else op, *rest, **named)
+
+    setattr(dist, averaging.SCATTER, summing)
+    found = averaging.averages(dist.group.WORLD)
+    losses = test_engine.train(rank, ranks, {"parallel.dp_shard": ranks})[0]
+    averaging.averages = lambda group: True
+    unmended = test_engine.train(rank, ranks, {"parallel.dp_shard": ranks})[1]
+    return found, losses, unmended
+
+
+def test_a_gloo_that_sums_is_found_and_gradients_stay_right(capfd: pytest.CaptureFixture[str]) -> None:
+    expected, norms, _ = run_ranks(test_engine.train, 1, 1, {})[0]
+    for averaged, losses, unmended in run_ranks(sums_instead, 2, 2):
+        assert not averaged
+        assert losses == pytest.approx(expected, abs=1e-5)
+        assert unmended[0] == pytest.approx(2 * norms[0], rel=1e-4)  # two ranks' sum
+    assert f"gloo of torch {torch.__version__} does not average" in capfd.readouterr().err
+    assert run_ranks(averages_here, 2) == [True, True]
+
+
+def averages_here(rank: int) -> bool:
+    return averaging.averages(dist.group.WORLD)
