@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dltrain.data.batch import Batch
 from dltrain.data.decode import decode_fields
@@ -19,8 +20,6 @@ from dltrain.data.sample import Sample
 from dltrain.errors import UserError
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from dltrain.config import Config
     from dltrain.data.windows import Window
     from dltrain.hooks.base import Hook
