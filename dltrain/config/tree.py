@@ -222,6 +222,11 @@ class Parallel(Section):
     pipeline as many micro-batches as it has stages, at least twice `pp`."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
+    activation_checkpointing: Literal["none", "full", "selective", "budget"] = "none"
+    """Compute activations of the plan's units again in the backward pass: all; all but matrix products and attention;
+    or what the compiler chooses within `activation_budget`."""
+    activation_budget: float = Field(default=0.5, ge=0, le=1)
+    """With 'budget': share of the activations that are kept; 0 keeps what enters a unit alone."""
 
 
 class Checkpoint(Section):

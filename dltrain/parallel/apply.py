@@ -12,6 +12,8 @@ from dltrain.data.batch import Batch
 from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.optim.optimizer import build_optimizer
+from dltrain.parallel.checkpointing import checkpoint_units
+from dltrain.parallel.compiling import compile_each
 from dltrain.parallel.data import replicate, shard
 from dltrain.parallel.forward import inputs_of
 from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
@@ -19,6 +21,7 @@ from dltrain.parallel.pipeline.engine import Parts, PipelineEngine
 from dltrain.parallel.pipeline.schedule import build, micro_batches, stages_per_rank
 from dltrain.parallel.plain import PlainEngine
 from dltrain.parallel.plan import Plan
+from dltrain.parallel.refuse import refuse
 from dltrain.parallel.tensor import split, splits_of
 from dltrain.parallel.update import trained
 from dltrain.runtime.seeds import seed_all
@@ -39,11 +42,14 @@ def parallelize(
        alone needs.
     4. Move to the device, in the memory format asked for.
     5. Split layers over the ranks of tensor parallelism.
-    6. Compile: each unit where units are sharded, the whole model, or each stage, otherwise.
-    7. FSDP2 over the plan's units, or DDP for replicas alone. Replicas of split layers and of stages are FSDP2's too,
+    6. Activation checkpointing of the units.
+    7. Compile: the whole model of one process; of several, each unit, so that gradients are reduced while the backward
+       pass goes on.
+    8. FSDP2 over the plan's units, or DDP for replicas alone. Replicas of split layers and of stages are FSDP2's too,
        in shards of one: DDP takes no split tensors, and a stage goes backward many times in a step.
-    8. The optimizer, last, for it must hold the parameters that are trained.
+    9. The optimizer, last, for it must hold the parameters that are trained.
     """
+    refuse(config, mesh)
     seed_all(config.run.seed)
     model = task.model()
     if not isinstance(model, nn.Module):
@@ -61,9 +67,9 @@ def parallelize(
     if splits:
         split([each for each in splits if each.layer in here], mesh.tensor_axis())
     roots: Sequence[nn.Module] = [model] if parts is None else list(parts.stages.values())
+    checkpoint_units(units, config)
     if config.precision.compile:
-        for module in units if sharded else roots:
-            module.compile()
+        compile_each((units if mesh.environment.world_size > 1 else []) or roots)
     wrapped = model
     if sharded:
         for root in roots:
