@@ -227,6 +227,9 @@ class Parallel(Section):
     or what the compiler chooses within `activation_budget`."""
     activation_budget: float = Field(default=0.5, ge=0, le=1)
     """With 'budget': share of the activations that are kept; 0 keeps what enters a unit alone."""
+    meta: bool = False
+    """Build the model without memory and fill each rank's share layer by layer, by `reset_parameters()` of each: for
+    models larger than a rank's memory. Other initial weights than without it, the same in every layout."""
 
 
 class Checkpoint(Section):

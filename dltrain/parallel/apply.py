@@ -16,6 +16,7 @@ from dltrain.parallel.checkpointing import checkpoint_units
 from dltrain.parallel.compiling import compile_each
 from dltrain.parallel.data import replicate, shard
 from dltrain.parallel.forward import inputs_of
+from dltrain.parallel.meta import built_on_meta
 from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
 from dltrain.parallel.pipeline.engine import Parts, PipelineEngine
 from dltrain.parallel.pipeline.schedule import build, micro_batches, stages_per_rank
@@ -36,7 +37,8 @@ def parallelize(
 ) -> PlainEngine | PipelineEngine:
     """Build the model and spread it over the mesh.
 
-    1. Build on the CPU under the run's seed: the same weights on every rank, whatever the layout.
+    1. Build on the CPU under the run's seed: the same weights on every rank, whatever the layout; or without memory,
+       to be filled after step 8.
     2. Find what the plan names, in the whole model.
     3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``, which a pipeline
        alone needs.
@@ -51,7 +53,7 @@ def parallelize(
     """
     refuse(config, mesh)
     seed_all(config.run.seed)
-    model = task.model()
+    model, blueprint = built_on_meta(task.model) if config.parallel.meta else (task.model(), None)
     if not isinstance(model, nn.Module):
         raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
     plan, names = task.plan() or Plan.auto(model), trained(model)
@@ -61,9 +63,8 @@ def parallelize(
     parts = _part(task, model, plan, config, mesh, device, example) if mesh.pp > 1 else None
     here = set(model.modules())
     units = [unit for unit in units if unit in here]
-    model = model.to(device)
-    if config.precision.channels_last and not sharded:  # FSDP2 shards contiguous weights; inputs are enough
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if blueprint is None:
+        model = _placed(model, device, config.precision.channels_last and not sharded)
     if splits:
         split([each for each in splits if each.layer in here], mesh.tensor_axis())
     roots: Sequence[nn.Module] = [model] if parts is None else list(parts.stages.values())
@@ -75,12 +76,21 @@ def parallelize(
         for root in roots:
             mine = set(root.modules())
             shard(root, [unit for unit in units if unit in mine], mesh, config)
-    elif parts is None and mesh.dp_replicate > 1:
+    if blueprint is not None:
+        blueprint.fill(roots, config.run.seed, device)
+        model = _placed(model, device, config.precision.channels_last and not sharded)
+    if not sharded and parts is None and mesh.dp_replicate > 1:
         wrapped = replicate(model, device)
     optimizer = build_optimizer(model, config.optim, names)
     if parts is not None:
         return PipelineEngine(task, parts, optimizer, config, device, mesh)
     return PlainEngine(task, model, wrapped, optimizer, config, device, mesh)
+
+
+def _placed(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """On the device, in the memory format asked for; FSDP2 shards contiguous weights, and there inputs are enough."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload]
 
 
 def _part(
