@@ -100,6 +100,13 @@ class Mesh:
         """The ranks that hold the same part of the model, in whole or in shards; ``None`` for one alone."""
         return self._stage_group
 
+    def groups(self) -> list[dist.ProcessGroup]:
+        """All groups of ranks that this one talks in; none for one rank."""
+        if self.devices is None:
+            return []
+        found = [dist.group.WORLD, self.stage_group(), *self.devices.get_all_groups()]
+        return list({id(group): group for group in found if group is not None}.values())
+
     def _axes(self, *names: str) -> DeviceMesh:
         if self.devices is None:
             raise AssertionError("a mesh of one rank has no axes")

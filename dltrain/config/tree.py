@@ -222,6 +222,14 @@ class Parallel(Section):
     pipeline as many micro-batches as it has stages, at least twice `pp`."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
+    prefetch: int = NotNegative
+    """FSDP2: units gathered ahead of the one at work, forward and backward; 0 leaves it to torch, which gathers one."""
+    bucket_mib: float = Field(default=0.0, ge=0)
+    """DDP: MiB of gradients that are reduced at a time; 0 leaves it to torch, which takes 25."""
+    compress: Literal["none", "fp16", "bf16", "powersgd"] = "none"
+    """DDP: send gradients in half the size, or (PowerSGD) as products of small matrices, whose rest is not resumed."""
+    powersgd_rank: int = Field(default=1, ge=1)
+    """PowerSGD: rank of the matrices; more is closer to the gradient, and longer to send."""
     activation_checkpointing: Literal["none", "full", "selective", "budget"] = "none"
     """Compute activations of the plan's units again in the backward pass: all; all but matrix products and attention;
     or what the compiler chooses within `activation_budget`."""

@@ -14,7 +14,7 @@ from dltrain.mesh import Mesh
 from dltrain.optim.optimizer import build_optimizer
 from dltrain.parallel.checkpointing import checkpoint_units
 from dltrain.parallel.compiling import compile_each
-from dltrain.parallel.data import replicate, shard
+from dltrain.parallel.data import is_sharded, replicate, shard
 from dltrain.parallel.forward import inputs_of
 from dltrain.parallel.meta import built_on_meta
 from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
@@ -59,7 +59,7 @@ def parallelize(
     plan, names = task.plan() or Plan.auto(model), trained(model)
     units = plan.modules(model)
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
-    sharded = mesh.dp_shard > 1 or (mesh.data_ranks > 1 and mesh.tp * mesh.pp > 1)
+    sharded = is_sharded(mesh)
     parts = _part(task, model, plan, config, mesh, device, example) if mesh.pp > 1 else None
     here = set(model.modules())
     units = [unit for unit in units if unit in here]
@@ -80,7 +80,7 @@ def parallelize(
         blueprint.fill(roots, config.run.seed, device)
         model = _placed(model, device, config.precision.channels_last and not sharded)
     if not sharded and parts is None and mesh.dp_replicate > 1:
-        wrapped = replicate(model, device)
+        wrapped = replicate(model, device, config.parallel)
     optimizer = build_optimizer(model, config.optim, names)
     if parts is not None:
         return PipelineEngine(task, parts, optimizer, config, device, mesh)

@@ -9,21 +9,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from dltrain.config import Config
+from dltrain.config import Config, Parallel
 from dltrain.mesh import Mesh
+from dltrain.parallel.compression import compress
 
 
-def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+def is_sharded(mesh: Mesh) -> bool:
+    """Whether FSDP2 holds the parameters: in shards, or, where DDP cannot, as replicas in shards of one."""
+    return mesh.dp_shard > 1 or (mesh.data_ranks > 1 and mesh.tp * mesh.pp > 1)
+
+
+def replicate(model: nn.Module, device: torch.device, parallel: Parallel) -> DistributedDataParallel:
     """DDP. Buffers are kept equal by the engine, once per step under every layout."""
     device_ids = [device] if device.type == "cuda" else None
     # torch 2.13 gave the argument a new name
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
-    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)
+    settings: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    settings["bucket_cap_mb"] = parallel.bucket_mib or None
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **settings)
+    compress(wrapped, parallel)
+    return wrapped
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Config) -> nn.Module:
@@ -45,7 +54,18 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
             reshard_after_forward=reshard,
         )
     fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy)
+    if config.parallel.prefetch:
+        _prefetch(model, config.parallel.prefetch)
     return model
+
+
+def _prefetch(root: nn.Module, depth: int) -> None:
+    """Gather ``depth`` units ahead of each, in the order of the model forward and against it backward."""
+    units: list[FSDPModule] = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    for place, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[place + 1 : place + 1 + depth])
+        if place:
+            unit.set_modules_to_backward_prefetch(units[max(1, place - depth) : place][::-1])
 
 
 def _keep_batch_norm_in_fp32(model: nn.Module, mesh: Mesh, compute: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
 from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
+from dltrain.parallel.settling import patiently, without_trace
 from dltrain.parallel.update import Updating, trained
 from dltrain.task import Loss, Task
 
@@ -38,7 +39,7 @@ class PlainEngine(Updating):
         super().__init__(model, optimizer, config, mesh, device, trained(model))
         self.counts = mesh.counts
         self._task, self._wrapped = task, wrapped
-        self._data_ranks = mesh.data_ranks
+        self._mesh, self._data_ranks, self._timeout = mesh, mesh.data_ranks, config.parallel.timeout
         self._micro_batch = config.parallel.micro_batch
         self._precision = config.precision
         self._syncs = isinstance(wrapped, DistributedDataParallel | FSDPModule)
@@ -72,16 +73,16 @@ class PlainEngine(Updating):
 
     def settle(self, peek: Callable[[], Batch]) -> None:
         """DDP orders its buckets anew after the first backward pass, and with three or more ranks another order gives
-        another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike."""
-        if not isinstance(self._wrapped, DistributedDataParallel):
+        another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike. One pass
+        compiles what is to be compiled."""
+        passes = 2 if isinstance(self._wrapped, DistributedDataParallel) else int(self._precision.compile)
+        if not passes:
             return
-        batch = peek()
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        for _ in range(2):
-            self.forward_backward(batch, torch.ones((), device=self.device))
-            self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        batch, groups = peek(), self._mesh.groups() if self._precision.compile else []
+        with patiently(groups, self._timeout), without_trace(self.model, self.optimizer, self.device):
+            for _ in range(passes):
+                self.forward_backward(batch, torch.ones((), device=self.device))
+                self.optimizer.zero_grad(set_to_none=True)
 
     def _losses(self, batch: Batch, model: nn.Module) -> tuple[Any, Tensor]:
         inputs = inputs_of(self._task, batch, self._precision)
