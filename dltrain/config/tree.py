@@ -53,6 +53,8 @@ class Run(Section):
     """Where to train; 'auto' takes CUDA where there is one."""
     threads: int = NotNegative
     """CPU threads of each rank; 0 divides the cores by the ranks on this host."""
+    collect_every: int = NotNegative
+    """Collect Python's garbage after so many steps, on all ranks at once, and never between; 0 leaves it to Python."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What follows a gradient that is not finite. Either way the update is skipped on the device."""
 
@@ -148,7 +150,7 @@ class Model(Section):
 
 
 class Optim(Section):
-    """The optimizer, always in its fused form."""
+    """The optimizer, and how it is computed."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     """AdamW (Loshchilov and Hutter 2019) or SGD with momentum."""
@@ -166,6 +168,9 @@ class Optim(Section):
     """SGD's momentum."""
     nesterov: bool = False
     """SGD with Nesterov's momentum."""
+    implementation: Literal["auto", "fused", "foreach"] = "auto"
+    """One kernel for all ('fused'), which also skips a bad step without the host looking, or one for each operation;
+    'auto' is fused wherever torch has it: not for SGD of sharded or split layers."""
     max_norm: float = NotNegative
     """Clip the global gradient norm at this value; 0 measures it without clipping."""
 
@@ -222,6 +227,8 @@ class Parallel(Section):
     pipeline as many micro-batches as it has stages, at least twice `pp`."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
+    offload: bool = False
+    """FSDP2: parameters, gradients and optimizer live in the host's memory, and updates are computed there."""
     prefetch: int = NotNegative
     """FSDP2: units gathered ahead of the one at work, forward and backward; 0 leaves it to torch, which gathers one."""
     bucket_mib: float = Field(default=0.0, ge=0)

@@ -77,8 +77,8 @@ def parallelize(
             mine = set(root.modules())
             shard(root, [unit for unit in units if unit in mine], mesh, config)
     if blueprint is not None:
-        blueprint.fill(roots, config.run.seed, device)
-        model = _placed(model, device, config.precision.channels_last and not sharded)
+        blueprint.fill(roots, config.run.seed, device, torch.device("cpu") if config.parallel.offload else device)
+        model = model if sharded else _placed(model, device, config.precision.channels_last)
     if not sharded and parts is None and mesh.dp_replicate > 1:
         wrapped = replicate(model, device, config.parallel)
     optimizer = build_optimizer(model, config.optim, names)

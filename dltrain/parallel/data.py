@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,17 +43,19 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
     """
     compute = torch.bfloat16 if config.precision.compute == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    if compute is not None:
-        _keep_batch_norm_in_fp32(model, mesh, compute)
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.parallel.offload else OffloadPolicy()
     reshard = config.parallel.reshard_after_forward and mesh.pp == 1
+    if compute is not None:
+        _keep_batch_norm_in_fp32(model, mesh, compute, offload)
     for unit in units:
         fully_shard(
             unit,
             mesh=mesh.shard_axes(),
             mp_policy=policy,
+            offload_policy=offload,
             reshard_after_forward=reshard,
         )
-    fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy)
+    fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy, offload_policy=offload)
     if config.parallel.prefetch:
         _prefetch(model, config.parallel.prefetch)
     return model
@@ -68,12 +70,12 @@ def _prefetch(root: nn.Module, depth: int) -> None:
             unit.set_modules_to_backward_prefetch(units[max(1, place - depth) : place][::-1])
 
 
-def _keep_batch_norm_in_fp32(model: nn.Module, mesh: Mesh, compute: torch.dtype) -> None:
+def _keep_batch_norm_in_fp32(model: nn.Module, mesh: Mesh, compute: torch.dtype, offload: OffloadPolicy) -> None:
     """Running statistics are fp32, and batch norm wants its weights in the same type; autocast does so under DDP."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, output_dtype=compute)
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.affine:
-            fully_shard(module, mesh=mesh.shard_axes(), mp_policy=policy)
+            fully_shard(module, mesh=mesh.shard_axes(), mp_policy=policy, offload_policy=offload)
 
 
 class BufferSync:

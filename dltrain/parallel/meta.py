@@ -7,7 +7,7 @@ place would not do: there every rank draws the same rows.)
 
     model, blueprint = built_on_meta(task.model)
     ...  # split, cut, shard
-    blueprint.fill([model], seed=0, device=device)
+    blueprint.fill([model], seed=0, device=device, home=device)
 """
 
 from __future__ import annotations
@@ -54,13 +54,16 @@ class Blueprint:
         self._layers = layers
 
     @torch.no_grad()
-    def fill(self, roots: Sequence[nn.Module], seed: int, device: torch.device) -> None:
-        """Give the modules in ``roots`` memory on ``device``, and this rank's share of the weights; nothing is sent."""
+    def fill(self, roots: Sequence[nn.Module], seed: int, device: torch.device, home: torch.device) -> None:
+        """Give the modules in ``roots`` memory, parameters on ``home`` and buffers on ``device``, and this rank's share
+        of the weights; nothing is sent."""
         for root in roots:
-            root.to_empty(device=device)
+            root.to_empty(device=home)
         here = {module for root in roots for module in root.modules()}
         for layer in self._layers:
             if layer.module in here:
+                for name, buffer in layer.module._buffers.items():
+                    layer.module._buffers[name] = None if buffer is None else buffer.to(device)
                 whole = dict(_own(layer.filled(seed)))
                 for name, tensor in _own(layer.module):
                     _take_over(tensor, whole[name])

@@ -15,6 +15,7 @@ def refuse(config: Config, mesh: Mesh) -> None:
     """Raise :class:`UserError` for the first such pair."""
     _checkpointing(config, mesh)
     _compile(config, mesh)
+    _offload(config, mesh)
     if mesh.environment.world_size > 1:  # one process alone has nobody to send to, and a recipe may say how
         _prefetch(config, mesh)
         _replicas(config, mesh)
@@ -39,6 +40,14 @@ def _compile(config: Config, mesh: Mesh) -> None:
         raise UserError(
             f"parallel.schedule {config.parallel.schedule} goes backward in two parts, and a compiled stage in one; "
             "take 1f1b or interleaved_1f1b, or set precision.compile false"
+        )
+
+
+def _offload(config: Config, mesh: Mesh) -> None:
+    if config.parallel.offload and not is_sharded(mesh):
+        raise UserError(
+            "parallel.offload moves what FSDP2 shards, and this layout shards nothing; set parallel.dp_shard over more "
+            "than one rank, or parallel.offload false"
         )
 
 

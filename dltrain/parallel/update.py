@@ -36,7 +36,8 @@ class Updating:
         self.model, self.optimizer, self.device = model, optimizer, device
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         places = {name: place for place, name in enumerate(names)}
-        self._norm = Norm([places[name] for name in trained(model)], len(names), device, mesh.pipeline_group())
+        home = torch.device("cpu") if config.parallel.offload else device  # of gradients and optimizer
+        self._norm = Norm([places[name] for name in trained(model)], len(names), home, mesh.pipeline_group())
         self._sync_buffers = BufferSync(model, mesh.stage_group(), undo=config.run.nonfinite == "skip")
         self._skips_by_itself = skips_by_itself(optimizer)
 
@@ -47,6 +48,7 @@ class Updating:
             clip(gradients, norm, max_norm)
         set_learning_rate(self.optimizer, learning_rate)
         self._update(norm)
+        norm = norm.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self._sync_buffers(norm)
         return norm

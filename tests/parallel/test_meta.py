@@ -79,7 +79,7 @@ def test_it_trains_like_one_process_that_started_so(name: str) -> None:
 def test_the_models_of_the_library_may_start_without_memory(model: Callable[[], nn.Module]) -> None:
     built, blueprint = built_on_meta(model)
     assert all(parameter.is_meta for parameter in built.parameters())
-    blueprint.fill([built], 0, CPU)
+    blueprint.fill([built], 0, CPU, CPU)
     assert {name: value.shape for name, value in built.state_dict().items()} == {
         name: value.shape for name, value in model().state_dict().items()
     }
