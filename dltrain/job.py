@@ -34,6 +34,7 @@ from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, User
 from dltrain.evaluation import evaluate, write_report
 from dltrain.hooks.agreement import CheckAgreement
 from dltrain.hooks.base import Hook
+from dltrain.hooks.collection import Collection
 from dltrain.hooks.progress import progress
 from dltrain.hooks.records import Records
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
@@ -231,6 +232,8 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
         raise UserError(f"{type(task).__name__}.hooks() must return a list of hooks, such as [MyHook()], not {hooks!r}")
     if job.config.run.check_every:
         hooks.append(CheckAgreement(int(job.config.run.check_every.value)))
+    if job.config.run.collect_every:
+        hooks.append(Collection(job.config.run.collect_every))
     if not job.environment.is_main:
         return hooks
     hooks += [Records(run.metrics), *progress(job.config.logging.progress)]

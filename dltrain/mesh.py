@@ -136,6 +136,13 @@ class Mesh:
         """This rank's place in the axis ``name`` of :data:`AXES`."""
         return self._axes(name).get_local_rank()
 
+    def groups(self) -> list[dist.ProcessGroup]:
+        """All groups of ranks that this one talks in; none for one rank."""
+        if self.devices is None:
+            return []
+        found = [dist.group.WORLD, self.stage_group(), self.data_group(), self.context, *self.devices.get_all_groups()]
+        return list({id(group): group for group in found if group is not None}.values())
+
     def _axes(self, *names: str) -> DeviceMesh:
         if self.devices is None:
             raise AssertionError("a mesh of one rank has no axes")

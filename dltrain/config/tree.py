@@ -53,6 +53,8 @@ class Run(Section):
     """CPU threads of each rank; 0 divides the cores by the ranks on this host."""
     check_every: Length = Length.parse("0st")
     """Interval in steps between checks that ranks hold the same weights, buffers and learning rates; 0st makes none."""
+    collect_every: int = NotNegative
+    """Collect Python's garbage after so many steps, on all ranks at once, and never between; 0 leaves it to Python."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What follows a gradient that is not finite. Either way the update is skipped on the device."""
 
@@ -159,7 +161,7 @@ class Model(Section):
 
 
 class Optim(Section):
-    """The optimizer, always in its fused form."""
+    """The optimizer, and how it is computed."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     """AdamW (Loshchilov and Hutter 2019) or SGD with momentum."""
@@ -179,6 +181,9 @@ class Optim(Section):
     """SGD's momentum."""
     nesterov: bool = False
     """SGD with Nesterov's momentum."""
+    implementation: Literal["auto", "fused", "foreach"] = "auto"
+    """One kernel for all ('fused'), which also skips a bad step without the host looking, or one for each operation;
+    'auto' is fused wherever torch has it: not for SGD of sharded or split layers."""
     max_norm: float = NotNegative
     """Clip the global gradient norm at this value; 0 measures it without clipping."""
     ema: float = Field(default=0.0, ge=0, lt=1)
@@ -248,6 +253,24 @@ class Parallel(Section):
     has the memory for (one process and DDP)."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
+    offload: bool = False
+    """FSDP2: parameters, gradients and optimizer live in the host's memory, and updates are computed there."""
+    prefetch: int = NotNegative
+    """FSDP2: units gathered ahead of the one at work, forward and backward; 0 leaves it to torch, which gathers one."""
+    bucket_mib: float = Field(default=0.0, ge=0)
+    """DDP: MiB of gradients that are reduced at a time; 0 leaves it to torch, which takes 25."""
+    compress: Literal["none", "fp16", "bf16", "powersgd"] = "none"
+    """DDP: send gradients in half the size, or (PowerSGD) as products of small matrices, whose rest is not resumed."""
+    powersgd_rank: int = Field(default=1, ge=1)
+    """PowerSGD: rank of the matrices; more is closer to the gradient, and longer to send."""
+    activation_checkpointing: Literal["none", "full", "selective", "budget"] = "none"
+    """Compute activations of the plan's units again in the backward pass: all; all but matrix products and attention;
+    or what the compiler chooses within `activation_budget`."""
+    activation_budget: float = Field(default=0.5, ge=0, le=1)
+    """With 'budget': share of the activations that are kept; 0 keeps what enters a unit alone."""
+    meta: bool = False
+    """Build the model without memory and fill each rank's share layer by layer, by `reset_parameters()` of each: for
+    models larger than a rank's memory. Other initial weights than without it, the same in every layout."""
     deepspeed: DeepSpeed = DeepSpeed()
     """Settings of the engine of that name."""
 

@@ -1,4 +1,4 @@
-"""AdamW and SGD in their fused forms, with groups by whether a parameter decays."""
+"""AdamW and SGD, fused where torch can, with groups by whether a parameter decays."""
 
 from __future__ import annotations
 
@@ -32,15 +32,25 @@ def build_optimizer(model: nn.Module, config: Optim, names: Sequence[str] | None
     ]
     # a stage of a pipeline may have nothing to train, and torch refuses no groups, not empty ones
     groups = [part for group in groups for part in _by_mesh(group)] or groups
+    fused = _is_fused(config, [parameter for _, parameter in named])
+    kernels = {"fused": fused, "foreach": not fused}
     if config.name == "adamw":
-        return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
-    # torch has no fused SGD for sharded tensors
-    fused = not any(isinstance(parameter, DTensor) for _, parameter in named)
-    optimizer = SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+        return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, **kernels)
+    optimizer = SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, **kernels)
     if config.momentum:  # torch's fused kernel leaves a buffer unfilled when the first step is skipped
         for _, parameter in named:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _is_fused(config: Optim, parameters: Sequence[nn.Parameter]) -> bool:
+    """torch has no fused SGD for sharded tensors."""
+    possible = config.name != "sgd" or not any(isinstance(parameter, DTensor) for parameter in parameters)
+    if config.implementation == "fused" and not possible:
+        raise UserError(
+            "optim.implementation is fused, and torch has no fused SGD for sharded or split layers; take auto, or adamw"
+        )
+    return possible and config.implementation != "foreach"
 
 
 def skips_by_itself(optimizer: Optimizer) -> bool:

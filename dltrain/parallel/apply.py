@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,20 +15,24 @@ from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.optim.freezing import freeze
 from dltrain.optim.optimizer import build_optimizer
-from dltrain.parallel.agreement import refuse_untied, tied
+from dltrain.parallel.agreement import refuse_untied
 from dltrain.parallel.batch_norm import synchronise
-from dltrain.parallel.data import replicate, shard
+from dltrain.parallel.checkpointing import checkpoint_units
+from dltrain.parallel.compiling import compile_each
+from dltrain.parallel.data import is_sharded, replicate, shard
 from dltrain.parallel.deepspeed.engine import DeepSpeedEngine, deepspeed_engine
 from dltrain.parallel.forward import inputs_of
+from dltrain.parallel.meta import Blueprint, built_on_meta
 from dltrain.parallel.own import brings_its_own, parallelize_by_task
 from dltrain.parallel.pipeline.engine import PipelineEngine
 from dltrain.parallel.pipeline.parts import Parts, part
 from dltrain.parallel.pipeline.trace import adopt
 from dltrain.parallel.plain import PlainEngine
 from dltrain.parallel.plan import Plan
-from dltrain.parallel.tensor import split, splits_of
-from dltrain.parallel.ties import refuse_split_ties, self_contained
-from dltrain.parallel.tokens import roles_of, share_context, share_sequence
+from dltrain.parallel.refuse import refuse
+from dltrain.parallel.tensor import Split, split, splits_of
+from dltrain.parallel.ties import refuse_split_ties, self_contained, ties
+from dltrain.parallel.tokens import Role, roles_of, share_context, share_sequence
 from dltrain.parallel.update import trained
 from dltrain.parallel.weights import Weights
 from dltrain.runtime.seeds import seed_all
@@ -48,78 +53,96 @@ def parallelize(
     """Build the model and spread it over the mesh.
 
     1. Build on the CPU under the run's seed, and fill in ``weights`` that were trained before: the same on every rank,
-       whatever the layout. What is frozen is so from here on. A task that spreads its model by itself does so now,
-       instead of what follows.
+       whatever the layout; or without memory, to be filled after step 8. What is frozen is so from here on. A task that
+       spreads its model by itself does so now, instead of what follows.
     2. Find what the plan names, in the whole model.
     3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``, which a pipeline
        alone needs. Batch norms take their statistics over all data ranks, if they are to.
     4. Move to the device, in the memory format asked for.
     5. Split layers over the ranks of tensor parallelism; share tokens out over those of context parallelism.
-    6. Compile: each unit where units are sharded, the whole model, or each stage, otherwise.
-    7. DeepSpeed, where it is chosen, which shards by itself and has the optimizer inside. Otherwise:
+    6. Activation checkpointing of the units.
+    7. Compile: the whole model of one process; of several, each unit, so that gradients are reduced while the backward
+       pass goes on. DeepSpeed, where it is chosen, has the rest inside. Otherwise:
     8. FSDP2 over the plan's units, or DDP for replicas alone. Replicas of split layers and of stages are FSDP2's too,
        in shards of one: DDP takes no split tensors, and a stage goes backward many times in a step.
     9. The optimizer, last, for it must hold the parameters that are trained.
     """
-    model = _built(task, config, weights)
+    refuse(config, mesh)
+    model, blueprint = _built(task, config, weights)
     if brings_its_own(task) and mesh.devices is not None:
         return parallelize_by_task(task, model, config, mesh, device)
-    plan, names, ties = task.plan() or Plan.auto(model), trained(model), tied(model)
-    units = plan.modules(model)
-    splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
-    refuse_split_ties(model, splits)
-    sequence = config.parallel.sequence and mesh.tp > 1
-    shared = "parallel.sequence is on" if sequence else f"parallel.cp is {mesh.cp}"
-    roles = roles_of(model, plan, shared) if sequence or mesh.cp > 1 else []
-    sharded = mesh.dp_shard > 1 or (mesh.reduced_ranks > 1 and mesh.tp * mesh.pp > 1)
-    parts = _part(task, model, plan, config, mesh, device, example) if mesh.pp > 1 else None
+    named, names, shared = _named(task, model, config, mesh), trained(model), ties(model)
+    parts = _part(task, model, named.plan, config, mesh, device, example) if mesh.pp > 1 else None
     if config.precision.batch_norm == "synchronised":
+        _refuse_traced_norms(model, parts)
         synchronise(model, mesh.data_group())
-    here = set(model.modules())
-    units = [] if parts is not None and parts.size else [unit for unit in units if unit in here]
-    model = model.to(device)
-    zero = config.parallel.engine == "deepspeed"
-    if config.precision.channels_last and not (sharded or zero):  # shards are of contiguous weights; inputs are enough
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    roles = [each for each in roles if each.module in here]
-    if splits:
-        split([each for each in splits if each.layer in here], mesh.tensor_axis(), sequence)
-    if mesh.context is not None:
-        share_context(roles, mesh.context)
-    if sequence:
-        share_sequence(roles, mesh.tensor_axis())
     roots: Sequence[nn.Module] = [model] if parts is None else list(parts.stages.values())
+    named = named.kept_in(model, whole=parts is not None and parts.size > 0)
+    if blueprint is None:
+        model = _placed(model, device, config, mesh)
+    _spread(named, config, mesh)
+    checkpoint_units(named.units, config)
     if config.precision.compile:
-        for module in units if sharded else roots:
-            module.compile()
-    if zero:
+        compile_each((named.units if mesh.environment.world_size > 1 else []) or roots)
+    if config.parallel.engine == "deepspeed":
         return deepspeed_engine(task, model, config, mesh, device)
+    if is_sharded(mesh):
+        _shard(model, roots, named.units, parts, config, mesh)
+    if blueprint is not None:
+        blueprint.fill(roots, config.run.seed, device, torch.device("cpu") if config.parallel.offload else device)
+        model = model if is_sharded(mesh) else _placed(model, device, config, mesh)
     wrapped = model
-    if sharded:
-        for root in roots:
-            mine = set(root.modules())
-            shard(root, self_contained(root, [unit for unit in units if unit in mine]), mesh, config)
-        if parts is not None and parts.size:
-            adopt(model, roots)
-    elif parts is None and mesh.reduced_ranks > 1:
-        wrapped = replicate(model, device)
-    refuse_untied(model, ties)
+    if not is_sharded(mesh) and parts is None and mesh.reduced_ranks > 1:
+        wrapped = replicate(model, device, config.parallel)
+    refuse_untied(model, shared)
     optimizer = build_optimizer(model, config.optim, names)
     if parts is not None:
         return PipelineEngine(task, parts, optimizer, config, device, mesh, names)
     return PlainEngine(task, model, wrapped, optimizer, config, device, mesh)
 
 
-def _built(task: Task, config: Config, weights: Weights | None) -> nn.Module:
-    """The whole model on the CPU, with the weights it starts from."""
+@dataclass(frozen=True)
+class _Named:
+    """What a plan names in a model."""
+
+    plan: Plan
+    units: list[nn.Module]
+    splits: list[Split]
+    roles: list[Role]
+
+    def kept_in(self, model: nn.Module, whole: bool) -> _Named:
+        """What is left of it in a part of the model; a part that is traced as a ``whole`` has no units."""
+        here = set(model.modules())
+        return _Named(
+            self.plan,
+            [] if whole else [unit for unit in self.units if unit in here],
+            [each for each in self.splits if each.layer in here],
+            [each for each in self.roles if each.module in here],
+        )
+
+
+def _built(task: Task, config: Config, weights: Weights | None) -> tuple[nn.Module, Blueprint | None]:
+    """The whole model on the CPU, with the weights it starts from; or on meta, with what will fill it."""
     seed_all(config.run.seed)
-    model = task.model()
+    if config.parallel.meta and weights is not None:
+        raise UserError("parallel.meta builds without memory, and model.weights is given; set parallel.meta false")
+    model, blueprint = built_on_meta(task.model) if config.parallel.meta else (task.model(), None)
     if not isinstance(model, nn.Module):
         raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
     if weights is not None:
         weights.fill(model)
     freeze(model, config.optim.frozen)
-    return model
+    return model, blueprint
+
+
+def _named(task: Task, model: nn.Module, config: Config, mesh: Mesh) -> _Named:
+    plan = task.plan() or Plan.auto(model)
+    splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
+    refuse_split_ties(model, splits)
+    sequence = config.parallel.sequence and mesh.tp > 1
+    setting = "parallel.sequence is on" if sequence else f"parallel.cp is {mesh.cp}"
+    roles = roles_of(model, plan, setting) if sequence or mesh.cp > 1 else []
+    return _Named(plan, plan.modules(model), splits, roles)
 
 
 def _part(
@@ -135,3 +158,45 @@ def _part(
         return inputs_of(task, piece, config.precision)
 
     return part(model, plan, config.parallel, mesh.pp_rank, len(batch), inputs)
+
+
+def _refuse_traced_norms(model: nn.Module, parts: Parts | None) -> None:
+    if parts is not None and parts.size:
+        raise UserError(
+            f"precision.batch_norm is synchronised, and parallel.pp cuts {type(model).__name__} by tracing, which has "
+            "taken its norms in; name the modules that its forward calls in Plan(chain=(...))"
+        )
+
+
+def _placed(model: nn.Module, device: torch.device, config: Config, mesh: Mesh) -> nn.Module:
+    """On the device, in the memory format asked for; shards are of contiguous weights, and there inputs are enough."""
+    model = model.to(device)
+    if not config.precision.channels_last or is_sharded(mesh) or config.parallel.engine == "deepspeed":
+        return model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _spread(named: _Named, config: Config, mesh: Mesh) -> None:
+    """Split layers and share tokens out, in place."""
+    sequence = config.parallel.sequence and mesh.tp > 1
+    if named.splits:
+        split(named.splits, mesh.tensor_axis(), sequence)
+    if mesh.context is not None:
+        share_context(named.roles, mesh.context)
+    if sequence:
+        share_sequence(named.roles, mesh.tensor_axis())
+
+
+def _shard(
+    model: nn.Module,
+    roots: Sequence[nn.Module],
+    units: Sequence[nn.Module],
+    parts: Parts | None,
+    config: Config,
+    mesh: Mesh,
+) -> None:
+    for root in roots:
+        here = set(root.modules())
+        shard(root, self_contained(root, [unit for unit in units if unit in here]), mesh, config)
+    if parts is not None and parts.size:
+        adopt(model, roots)

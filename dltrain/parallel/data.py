@@ -9,24 +9,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from dltrain.config import Config
+from dltrain.config import Config, Parallel
 from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.parallel.averaging import mend_average
+from dltrain.parallel.compression import compress
 from dltrain.parallel.forward import COMPUTE
 
 
-def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+def is_sharded(mesh: Mesh) -> bool:
+    """Whether FSDP2 holds the parameters: in shards, or, where DDP cannot, as replicas in shards of one."""
+    return mesh.dp_shard > 1 or (mesh.reduced_ranks > 1 and mesh.tp * mesh.pp > 1)
+
+
+def replicate(model: nn.Module, device: torch.device, parallel: Parallel) -> DistributedDataParallel:
     """DDP. Buffers are kept equal by the engine, once per step under every layout."""
     device_ids = [device] if device.type == "cuda" else None
     # torch 2.13 gave the argument a new name
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
-    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)
+    settings: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    settings["bucket_cap_mb"] = parallel.bucket_mib or None
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **settings)
+    compress(wrapped, parallel)
+    return wrapped
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Config) -> nn.Module:
@@ -42,27 +51,40 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
             )
     compute = COMPUTE.get(config.precision.compute)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    if compute is not None:
-        _keep_batch_norm_in_fp32(model, mesh, compute)
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.parallel.offload else OffloadPolicy()
     reshard = config.parallel.reshard_after_forward and mesh.pp == 1
+    if compute is not None:
+        _keep_batch_norm_in_fp32(model, mesh, compute, offload)
     for unit in units:
         fully_shard(
             unit,
             mesh=mesh.shard_axes(),
             mp_policy=policy,
+            offload_policy=offload,
             reshard_after_forward=reshard,
         )
-    fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy)
+    fully_shard(model, mesh=mesh.shard_axes(), mp_policy=policy, offload_policy=offload)
     mend_average(model, mesh.shard_axes(), mesh.environment)
+    if config.parallel.prefetch:
+        _prefetch(model, config.parallel.prefetch)
     return model
 
 
-def _keep_batch_norm_in_fp32(model: nn.Module, mesh: Mesh, compute: torch.dtype) -> None:
+def _prefetch(root: nn.Module, depth: int) -> None:
+    """Gather ``depth`` units ahead of each, in the order of the model forward and against it backward."""
+    units: list[FSDPModule] = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    for place, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[place + 1 : place + 1 + depth])
+        if place:
+            unit.set_modules_to_backward_prefetch(units[max(1, place - depth) : place][::-1])
+
+
+def _keep_batch_norm_in_fp32(model: nn.Module, mesh: Mesh, compute: torch.dtype, offload: OffloadPolicy) -> None:
     """Running statistics are fp32, and batch norm wants its weights in the same type; autocast does so under DDP."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, output_dtype=compute)
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.affine:
-            fully_shard(module, mesh=mesh.shard_axes(), mp_policy=policy)
+            fully_shard(module, mesh=mesh.shard_axes(), mp_policy=policy, offload_policy=offload)
 
 
 class BufferSync:

@@ -19,6 +19,7 @@ from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
 from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
 from dltrain.parallel.probe import probe
+from dltrain.parallel.settling import patiently, without_trace
 from dltrain.parallel.update import Updating, trained
 from dltrain.runtime.logs import say
 from dltrain.task import Loss, Task
@@ -42,9 +43,8 @@ class PlainEngine(Updating):
         super().__init__(model, optimizer, config, mesh, device, trained(model))
         self.counts = mesh.counts
         self._task, self._wrapped = task, wrapped
-        self._data_ranks = mesh.data_ranks
+        self._mesh, self._data_ranks, self._timeout = mesh, mesh.data_ranks, config.parallel.timeout
         self.micro_batch = config.parallel.micro_batch
-        self._environment = mesh.environment
         self._precision = config.precision
         self._settled = False
         self._syncs = isinstance(wrapped, DistributedDataParallel | FSDPModule)
@@ -79,21 +79,19 @@ class PlainEngine(Updating):
 
     def settle(self, peek: Callable[[], Batch]) -> None:
         """DDP orders its buckets anew after the first backward pass, and with three or more ranks another order gives
-        another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike.
-
-        Before them the size of micro-batches is found, where it is left to us."""
-        replicated = isinstance(self._wrapped, DistributedDataParallel) and not self._settled
-        if not replicated and self.micro_batch != AUTO:
+        another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike. One pass
+        compiles what is to be compiled. Before them the size of micro-batches is found, where it is left to us."""
+        passes = 2 if isinstance(self._wrapped, DistributedDataParallel) else int(self._precision.compile)
+        if self._settled or not (passes or self.micro_batch == AUTO):
             return
         self._settled, batch = True, peek()
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        if self.micro_batch == AUTO:
-            self._find_micro_batch(batch)
-        for _ in range(2 if replicated else 0):
-            self.forward_backward(batch, torch.ones((), device=self.device))
-            self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        groups = self._mesh.groups() if self._precision.compile else []
+        with patiently(groups, self._timeout), without_trace(self.model, self.optimizer, self.device):
+            if self.micro_batch == AUTO:
+                self._find_micro_batch(batch)
+            for _ in range(passes):
+                self.forward_backward(batch, torch.ones((), device=self.device))
+                self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, loss: Tensor, scale: Tensor) -> None:
         loss.backward(scale)  # type: ignore[no-untyped-call]
@@ -102,7 +100,7 @@ class PlainEngine(Updating):
         self._wrapped.train()
         self.micro_batch = probe(len(batch), partial(self._attempt, batch), self.optimizer, self.device)
         told = f"parallel.micro_batch auto: {self.micro_batch} of {len(batch)} samples at a time"
-        say(self._environment, f"{told}, which every rank has the memory for")
+        say(self._mesh.environment, f"{told}, which every rank has the memory for")
 
     def _attempt(self, batch: Batch, samples: int) -> None:
         """Two passes through the bare model, the second beside the gradients of the first."""

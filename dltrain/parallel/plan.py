@@ -75,7 +75,10 @@ def matching(model: nn.Module, pattern: str, bare: bool = False) -> dict[str, nn
     matched = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name.count(".") == pattern.count(".") and fnmatchcase(name, pattern) and (bare or _has_parameters(module))
+        if name
+        and name.count(".") == pattern.count(".")
+        and fnmatchcase(name, pattern)
+        and (bare or _has_parameters(module))
     }
     if not matched:
         raise UserError(f"the plan's pattern {pattern!r} matches no module of {type(model).__name__}")

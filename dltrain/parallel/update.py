@@ -43,7 +43,8 @@ class Updating:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sums_are_partial = config.parallel.sequence and mesh.tp > 1
         places = {name: place for place, name in enumerate(names)}
-        self._norm = Norm([places[name] for name in trained(model)], len(names), device, mesh.pipeline_group())
+        home = torch.device("cpu") if config.parallel.offload else device  # of gradients and optimizer
+        self._norm = Norm([places[name] for name in trained(model)], len(names), home, mesh.pipeline_group())
         self._scale = LossScale(device) if config.precision.compute == "fp16" else None
         may_overflow = config.run.nonfinite == "skip" or self._scale is not None
         self._sync_buffers = BufferSync(model, mesh.stage_group(), undo=may_overflow)
@@ -58,6 +59,7 @@ class Updating:
             clip(gradients, norm, max_norm)
         set_learning_rate(self.optimizer, learning_rate)
         self._update(norm)
+        norm = norm.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self._sync_buffers(norm)
         for follower in (self._average, self._scale):

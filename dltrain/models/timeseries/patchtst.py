@@ -30,6 +30,9 @@ class Embedding(nn.Module):
         self.patches = nn.Linear(patch, width)
         self.positions = nn.Parameter(torch.empty(1, patches_of(lookback, patch, stride), width))
         self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, past: Tensor) -> Tensor:

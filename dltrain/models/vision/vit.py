@@ -26,7 +26,11 @@ class Embedding(nn.Module):
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.positions = nn.Parameter(torch.empty(1, (size // patch) ** 2, width))
         self.registers = nn.Parameter(torch.empty(1, registers, width)) if registers else None
-        nn.init.normal_(self.positions, std=positions)
+        self._deviation = positions
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.positions, std=self._deviation)
         if self.registers is not None:
             nn.init.normal_(self.registers, std=0.02)
 

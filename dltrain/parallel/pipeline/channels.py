@@ -54,6 +54,10 @@ class Wires:
         if device.type == "cuda":
             self._groups = {kind: _twin(self.ranks) for kind in kinds}
 
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        return list(self._groups.values())
+
     def send(self, tensor: Tensor, cargo: Cargo, to: int, tag: int) -> dist.Work | None:
         return dist.isend(tensor, self.ranks[to], self._groups[cargo, to > self.place], tag)
 

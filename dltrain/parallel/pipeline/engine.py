@@ -19,6 +19,7 @@ from dltrain.parallel.pipeline.channels import Shape, Wires
 from dltrain.parallel.pipeline.executor import Executor, Inputs
 from dltrain.parallel.pipeline.parts import Parts
 from dltrain.parallel.pipeline.schedule import Schedule, build, forward_only, micro_batches
+from dltrain.parallel.settling import patiently, without_trace
 from dltrain.parallel.update import Updating
 from dltrain.task import Loss, Task
 
@@ -91,8 +92,13 @@ class PipelineEngine(Updating):
         return _first(outputs, len(batch)), losses[: len(batch)]
 
     def settle(self, peek: Callable[[], Batch]) -> None:
-        """Stages learn what they will be given, so that the first step is like all others."""
-        self._shapes_of(inputs_of(self._task, self._pieces(peek())[0], self._precision))
+        """Stages learn what they will be given, and are compiled, so that the first step is like all others."""
+        if not self._precision.compile:
+            self._shapes_of(inputs_of(self._task, self._pieces(peek())[0], self._precision))
+            return
+        groups = [*self._mesh.groups(), *self._wires.groups]
+        with patiently(groups, self._parallel.timeout), without_trace(self.model, self.optimizer, self.device):
+            self.forward_backward(peek(), torch.ones((), device=self.device))
 
     def _pieces(self, batch: Batch) -> list[Batch]:
         """Micro-batches of one size, on the device; what is missing in the last one is filled with weight 0."""
