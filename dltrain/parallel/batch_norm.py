@@ -9,6 +9,7 @@ of weight 0, with which a last batch is filled up, count in them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,9 @@ class Ranks:
         return rows
 
 
+Normalise = Callable[[Tensor, float, Ranks], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
 class SynchronisedBatchNorm(_BatchNorm):
     """Any of torch's batch norms, made by :func:`synchronise`; [n, channels] or [n, channels, ...], any float type.
 
@@ -47,6 +51,7 @@ class SynchronisedBatchNorm(_BatchNorm):
     """
 
     ranks: Ranks
+    normalise: Normalise
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -56,7 +61,7 @@ class SynchronisedBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        normalised, mean, variance, count = _normalise(input, self.eps, self.ranks)
+        normalised, mean, variance, count = self.normalise(input, self.eps, self.ranks)
         if self.running_mean is not None:
             self._follow(mean, variance * (count / (count - 1).clamp(min=1)))
         shape = (1, -1, *[1] * (input.dim() - 2))
@@ -82,6 +87,8 @@ def synchronise(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     Modules stay the same objects and parameters keep their names. Raises :class:`UserError` for a batch norm with a
     forward of its own, which would be lost.
     """
+    # a graph of the compiler would have to hold the collectives; saying so imports it, for seconds
+    normalise = None if group is None else torch.compiler.disable(_normalise)  # type: ignore[no-untyped-call]
     for name, module in model.named_modules():
         if group is None or not isinstance(module, _BatchNorm):
             continue
@@ -91,10 +98,10 @@ def synchronise(model: nn.Module, group: dist.ProcessGroup | None) -> None:
                 "own; give precision.batch_norm local, or take one of torch's batch norms"
             )
         module.__class__ = SynchronisedBatchNorm
-        cast(SynchronisedBatchNorm, module).ranks = Ranks(group)
+        synchronised = cast(SynchronisedBatchNorm, module)
+        synchronised.ranks, synchronised.normalise = Ranks(group), cast(Normalise, normalise)
 
 
-@torch.compiler.disable  # a graph of a compiler would have to hold the collectives
 def _normalise(values: Tensor, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalised values in fp32, and mean [channels], biased variance [channels] and count [] of all ranks."""
     normalised, mean, variance, count = _Normalise.apply(values.float(), eps, ranks)  # type: ignore[no-untyped-call]

@@ -49,5 +49,6 @@ def test_closing_leaves_python_as_it_was_found() -> None:
 
 @pytest.mark.slow
 def test_a_run_collects_so(cli: Cli) -> None:
-    done = cli("train", TINY, "--preset", "small", "--run.length", "3st", "--run.collect_every", "2", "--nproc", "2")
+    words = ("train", TINY, "--preset", "small", "--run.length", "3st", "--schedule.warmup", "1st")
+    done = cli(*words, "--run.collect_every", "2", "--nproc", "2")
     assert done.status == 0, done.err

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dltrain.config import Config, load_overrides
@@ -29,7 +30,10 @@ META = {"parallel.meta": True}
 
 
 def initial(rank: int, ranks: int, family: str, overrides: dict[str, Any]) -> dict[str, Tensor]:
-    return whole(build(family, rank, ranks, {**META, **overrides})[2])
+    found = whole(build(family, rank, ranks, {**META, **overrides})[2])
+    if ranks > 1:
+        dist.barrier()  # the first rank keeps the store by which others still find each other
+    return found
 
 
 CASES = [

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from dltrain.errors import UserError
 from dltrain.parallel.pipeline.channels import Cargo, Channels, Shape, Values, Wires
@@ -120,6 +119,8 @@ class Executor:
         self._send_back(run, number, piece, done.leaves)
 
     def _backward_input(self, run: Run, action: Action) -> None:
+        from torch.distributed.pipelining._backward import stage_backward_input  # slow to import
+
         _, number, piece = action
         done = run.passes[number, piece]
         outputs, gradients = _with_gradients(done.outputs, self._gradients(run, number, piece))
@@ -129,6 +130,8 @@ class Executor:
         done.leaves = done.outputs = ()
 
     def _backward_weight(self, run: Run, action: Action) -> None:
+        from torch.distributed.pipelining._backward import stage_backward_weight
+
         _, number, piece = action
         weights = [weight for weight in self._stages[number].parameters() if weight.requires_grad]
         stage_backward_weight(iter(weights), run.passes.pop((number, piece)).groups)

@@ -12,14 +12,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.pipelining import Pipe, SplitPoint, pipeline
 from torch.fx import Node
 
 from dltrain.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import Pipe
 
 Value = tuple[int, int]
 """Something a stage returned: the stage, and the place in what it returned."""
@@ -100,6 +102,8 @@ def adopt(model: nn.Module, stages: Iterable[nn.Module]) -> None:
 
 
 def _trace(model: nn.Module, inputs: tuple[Any, ...], begins: Sequence[str]) -> Pipe:
+    from torch.distributed.pipelining import SplitPoint, pipeline  # slow to import
+
     try:
         with _quiet():
             return pipeline(model, inputs, split_spec=dict.fromkeys(begins, SplitPoint.BEGINNING))
