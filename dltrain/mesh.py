@@ -121,6 +121,19 @@ class Mesh:
 def build_mesh(parallel: Parallel, environment: Environment, device: torch.device) -> Mesh:
     """Resolve -1, check that the degrees multiply to the number of ranks, and build. Raises :class:`UserError`."""
     world, tp, cp, pp = environment.world_size, parallel.tp, parallel.cp, parallel.pp
+    replicate, shard = data_degrees(parallel, environment)
+    devices = context = None
+    if world > 1:
+        devices = init_device_mesh(device.type, (pp, replicate, shard * cp, tp), mesh_dim_names=_AXES)
+    if cp > 1:
+        apart = init_device_mesh(device.type, (world // (cp * tp), cp, tp), mesh_dim_names=("rest", "cp", "tp"))
+        context = apart["cp"].get_group()
+    return Mesh(pp, replicate, shard, cp, tp, environment, devices, context)
+
+
+def data_degrees(parallel: Parallel, environment: Environment) -> tuple[int, int]:
+    """dp_replicate and dp_shard with -1 resolved. Raises :class:`UserError` for degrees that do not make the world."""
+    world, tp, cp, pp = environment.world_size, parallel.tp, parallel.cp, parallel.pp
     model = pp * cp * tp
     if environment.local_world_size % tp:
         raise UserError(
@@ -140,13 +153,7 @@ def build_mesh(parallel: Parallel, environment: Environment, device: torch.devic
             f"{' x '.join(shown)} = {total}, but there are {world} ranks; give dp_replicate or dp_shard -1, or start "
             f"{total} ranks"
         )
-    devices = context = None
-    if world > 1:
-        devices = init_device_mesh(device.type, (pp, replicate, shard * cp, tp), mesh_dim_names=_AXES)
-    if cp > 1:
-        apart = init_device_mesh(device.type, (world // (cp * tp), cp, tp), mesh_dim_names=("rest", "cp", "tp"))
-        context = apart["cp"].get_group()
-    return Mesh(pp, replicate, shard, cp, tp, environment, devices, context)
+    return replicate, shard
 
 
 def _resolve(replicate: int, shard: int, ranks: int) -> tuple[int, int]:
