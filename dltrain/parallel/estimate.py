@@ -9,7 +9,8 @@ Beside it lie the CUDA context, workspaces, communicators and what the allocator
 Time is an estimate for ranking layouts, not a promise. It takes for granted that
 
 - matrix products reach ``EFFICIENCY`` of the device's peak, backward costs twice forward, and tensor and context
-  parallelism share them out evenly; a stage takes that or the time its tensors take to and from memory, if longer;
+  parallelism share them out evenly; a stage takes that, or the time its tensors take to and from memory, or ``LAUNCH`` for each
+  of its kernels, whatever is longest;
 - a ring sends 2 (n - 1) / n of the bytes for an all-reduce, (n - 1) / n for a gather or a scatter, at ``LINK`` of the
   bandwidth: of the node where the group fits in one, of the network otherwise; each call costs ``LATENCY``;
 - DDP's sums hide behind the backward pass, FSDP2's gathers and sums behind both passes; what is longer shows. In a
@@ -48,6 +49,8 @@ EFFICIENCY = 0.5
 """Share of a device's peak that matrix products reach."""
 LINK = 0.7
 """Share of a link's bandwidth that collectives reach."""
+LAUNCH = 5e-6
+"""Seconds between the starts of two kernels, which small models and small pieces wait for."""
 LATENCY = 2e-5
 """Seconds of a collective beside its bytes."""
 
@@ -181,19 +184,22 @@ class Study:
         tensors = [*self._batch.fields.values(), self._batch.weight, self._batch.position]
         return sum(_bytes(value) / len(value) for value in tensors)
 
-    def _seconds(self, flops: float, moved: float, parallel: Parallel, device: Device) -> float:
+    def _seconds(self, flops: float, moved: float, kernels: float, parallel: Parallel, device: Device) -> float:
         peak = device.peak(self._config.precision.compute, self._config.precision.matmul)
-        return max(flops / (parallel.tp * parallel.cp) / (EFFICIENCY * peak), moved / device.bandwidth)
+        return max(
+            flops / (parallel.tp * parallel.cp) / (EFFICIENCY * peak), moved / device.bandwidth, kernels * LAUNCH
+        )
 
     def _plain(self, parallel: Parallel, rehearsed: Rehearsed, samples: int, cluster: Cluster) -> _Work:
         size = min(parallel.micro_batch or samples, samples)
         pieces = [size] * (samples // size) + [samples % size] * (samples % size > 0)
         memory = plain_memory(rehearsed, self._units, self._keeping(parallel), pieces, samples * self._sample_bytes)
         marks = [mark for piece in pieces for mark in rehearsed.at(piece)]
-        moved, tensor, context = (sum(getattr(mark, name) for mark in marks) for name in ("moved", "tensor", "context"))
-        passes = self._seconds(samples * sum(self._flops), moved, parallel, cluster.device)
-        shown = _sums(tensor, context, parallel, cluster) + len(pieces) * rehearsed.sums * LATENCY
-        return _Work(memory, passes, shown, 0.0, {"tensor": tensor, "context": context, "pipeline": 0.0}, len(pieces))
+        sums = {name: sum(getattr(mark, name) for mark in marks) for name in ("moved", "kernels", "tensor", "context")}
+        passes = self._seconds(samples * sum(self._flops), sums["moved"], sums["kernels"], parallel, cluster.device)
+        shown = _sums(sums["tensor"], sums["context"], parallel, cluster) + len(pieces) * rehearsed.sums * LATENCY
+        sent = {"tensor": sums["tensor"], "context": sums["context"], "pipeline": 0.0}
+        return _Work(memory, passes, shown, 0.0, sent, len(pieces))
 
     def _pipeline(self, parallel: Parallel, rehearsed: Rehearsed, samples: int, cluster: Cluster) -> _Work:
         schedule, size = schedule_of(parallel, samples)
@@ -209,7 +215,9 @@ class Study:
             whole * self._sample_bytes + inputs,
         )  # fmt: skip
         costs = [
-            self._seconds(size * sum(self._flops[place] for place in cut), stage.moved, parallel, cluster.device)
+            self._seconds(
+                size * sum(self._flops[place] for place in cut), stage.moved, stage.kernels, parallel, cluster.device
+            )
             + _sums(stage.tensor, stage.context, parallel, cluster)
             + rehearsed.sums * LATENCY * len(cut) / len(self._links)
             for cut, stage in zip(cuts, stages, strict=True)

@@ -23,7 +23,7 @@ class Mark:
     ``kind`` is begin, inputs, enter and leave (a module's forward), loss, back and done (its backward), gradient (of a
     parameter), end. Bytes: ``peak`` at most and ``live`` at the end of it, ``moved`` to and from memory, ``tensor`` and
     ``context`` sent to ranks that share layers and tokens, ``outputs`` of layers with weights; ``given``, of a module's
-    arguments.
+    arguments. ``kernels`` is how many were started.
     """
 
     kind: str
@@ -31,6 +31,7 @@ class Mark:
     peak: float
     live: float
     moved: float
+    kernels: float
     tensor: float
     context: float
     outputs: float = 0.0
@@ -42,13 +43,13 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, aside: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.moved = 0.0
+        self.live = self.peak = self.moved = self.kernels = 0.0
         self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in aside}
 
-    def take(self) -> tuple[float, float, float]:
-        """The peak since last time, what is alive, and what was moved since."""
-        taken = (self.peak, self.live, self.moved)
-        self.peak, self.moved = self.live, 0.0
+    def take(self) -> tuple[float, float, float, float]:
+        """The peak since last time, what is alive; what was moved, and how many kernels were started, since."""
+        taken = (self.peak, self.live, self.moved, self.kernels)
+        self.peak, self.moved, self.kernels = self.live, 0.0, 0.0
         return taken
 
     def note(self, tensor: Tensor) -> bool:
@@ -72,6 +73,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         new = [self.note(value) for value in outputs]
         if any(new) or func._schema.is_mutable:
             inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            self.kernels += 1
             self.moved += sum(value.numel() * value.element_size() for value in (*inputs, *outputs))
         return returned
 

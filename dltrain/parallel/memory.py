@@ -202,4 +202,4 @@ def _under_fsdp(
 
 def _instant(mark: Mark) -> Mark:
     """The end of what the mark tells of."""
-    return Mark(mark.kind, mark.name, mark.live, mark.live, 0.0, 0.0, 0.0)
+    return Mark(mark.kind, mark.name, mark.live, mark.live, 0.0, 0.0, 0.0, 0.0)

@@ -35,7 +35,7 @@ SIZES = (2, 4)
 """Samples of the two rehearsals."""
 
 
-_BYTES = ("peak", "live", "moved", "tensor", "context", "outputs", "given")
+_BYTES = ("peak", "live", "moved", "kernels", "tensor", "context", "outputs", "given")
 
 
 @dataclass(frozen=True)

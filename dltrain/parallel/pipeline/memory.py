@@ -17,7 +17,7 @@ from dltrain.parallel.rehearsal import Weight
 class Footprint:
     """Bytes of one piece in one stage: ``given`` to it, ``sent`` on by it; ``held`` between its forward and backward
     pass, with what goes in and out; at most in the ``forward`` and the ``backward`` pass, in the ``first`` with the
-    gradients that come up; ``waiting``, what is kept more while gradients of weights wait. ``moved``, and sent to ranks
+    gradients that come up; ``waiting``, what is kept more while gradients of weights wait. ``moved`` by ``kernels``, and sent to ranks
     that share layers and tokens (``shared``), in both passes."""
 
     given: float
@@ -28,6 +28,7 @@ class Footprint:
     first: float
     waiting: float
     moved: float
+    kernels: float
     tensor: float
     context: float
 
@@ -70,6 +71,7 @@ def _footprint(
         first=first,
         waiting=sum(mark.outputs for mark in forward),
         moved=sum(mark.moved for mark in both),
+        kernels=sum(mark.kernels for mark in both),
         tensor=sum(mark.tensor for mark in both),
         context=sum(mark.context for mark in both),
     )
