@@ -70,13 +70,19 @@ def show_plan(task: type[Task], config: Config, cluster: Cluster, top: int, give
     storage.configure(config.storage)
     mine = task(config)
     batch = _samples(mine, config)
-    study = Study(mine, config, _on_meta(mine), batch)
+    study = Study(mine, config, _on_meta(mine), batch, _tell)
     found = study.ranked(cluster, given)
     _show(found[:top], cluster)
     fitting = sum(each.fits for each in found)
     size = size_text(cluster.memory)
     print(f"{fitting} of {len(found)} layouts fit in {size} a rank; times are estimates, for ranking")
     print(json.dumps(_as_json(found[:top], len(found), fitting, cluster)), flush=True)
+
+
+def _tell(what: str) -> None:
+    """A line that the next one takes the place of, for who waits at a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what} ... ", end="", file=sys.stderr, flush=True)
 
 
 def _samples(task: Task, config: Config) -> Batch:

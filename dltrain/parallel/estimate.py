@@ -9,8 +9,8 @@ Beside it lie the CUDA context, workspaces, communicators and what the allocator
 Time is an estimate for ranking layouts, not a promise. It takes for granted that
 
 - matrix products reach ``EFFICIENCY`` of the device's peak, backward costs twice forward, and tensor and context
-  parallelism share them out evenly; a stage takes that, or the time its tensors take to and from memory, or ``LAUNCH`` for each
-  of its kernels, whatever is longest;
+  parallelism share them out evenly; a stage takes that, or the time its tensors take to and from memory, or
+  ``LAUNCH`` for each of its kernels, whatever is longest;
 - a ring sends 2 (n - 1) / n of the bytes for an all-reduce, (n - 1) / n for a gather or a scatter, at ``LINK`` of the
   bandwidth: of the node where the group fits in one, of the network otherwise; each call costs ``LATENCY``;
 - DDP's sums hide behind the backward pass, FSDP2's gathers and sums behind both passes; what is longer shows. In a
@@ -21,7 +21,7 @@ Time is an estimate for ranking layouts, not a promise. It takes for granted tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -97,12 +97,15 @@ class _Work:
 
 
 class Study:
-    """A recipe's model, on meta, and some of its training samples; rehearsals are kept for all layouts."""
+    """A recipe's model, on meta, and some of its training samples; rehearsals, of which it may ``tell``, are kept."""
 
-    def __init__(self, task: Task, config: Config, model: nn.Module, batch: Batch) -> None:
+    def __init__(
+        self, task: Task, config: Config, model: nn.Module, batch: Batch, tell: Callable[[str], object] = bool
+    ) -> None:
         self._task, self._config, self._model, self._batch = task, config, model, batch
         self._plan = task.plan() or Plan.auto(model)
         self._units = list(self._plan.found(model))
+        self._tell = tell
         self._rehearsed: dict[Shares, Rehearsed] = {}
         self.refused: list[str] = []
 
@@ -158,6 +161,7 @@ class Study:
         if shares.cast and self._config.precision.compute != "bf16":
             shares = Shares(shares.tp, shares.cp, shares.sequence)
         if shares not in self._rehearsed:
+            self._tell(f"rehearsing tp {shares.tp}, cp {shares.cp}{', sequence' if shares.sequence else ''}")
             self._rehearsed[shares] = rehearse(
                 self._task, self._model, self._plan, self._config.precision, self._batch, shares, self._links
             )
@@ -186,9 +190,8 @@ class Study:
 
     def _seconds(self, flops: float, moved: float, kernels: float, parallel: Parallel, device: Device) -> float:
         peak = device.peak(self._config.precision.compute, self._config.precision.matmul)
-        return max(
-            flops / (parallel.tp * parallel.cp) / (EFFICIENCY * peak), moved / device.bandwidth, kernels * LAUNCH
-        )
+        products = flops / (parallel.tp * parallel.cp) / (EFFICIENCY * peak)
+        return max(products, moved / device.bandwidth, kernels * LAUNCH)
 
     def _plain(self, parallel: Parallel, rehearsed: Rehearsed, samples: int, cluster: Cluster) -> _Work:
         size = min(parallel.micro_batch or samples, samples)
@@ -214,13 +217,12 @@ class Study:
             schedule, stages, self._by_stage(rehearsed.weights, cuts), self._units, keeping,
             whole * self._sample_bytes + inputs,
         )  # fmt: skip
+        shares = [sum(self._flops[place] for place in cut) for cut in cuts]
         costs = [
-            self._seconds(
-                size * sum(self._flops[place] for place in cut), stage.moved, stage.kernels, parallel, cluster.device
-            )
+            self._seconds(size * flops, stage.moved, stage.kernels, parallel, cluster.device)
             + _sums(stage.tensor, stage.context, parallel, cluster)
             + rehearsed.sums * LATENCY * len(cut) / len(self._links)
-            for cut, stage in zip(cuts, stages, strict=True)
+            for cut, stage, flops in zip(cuts, stages, shares, strict=True)
         ]
         timeline = simulate(schedule, _PASSES, costs)
         tensor, context = (_most(schedule, [getattr(each, name) for each in stages]) for name in ("tensor", "context"))

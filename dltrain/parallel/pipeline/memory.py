@@ -17,8 +17,8 @@ from dltrain.parallel.rehearsal import Weight
 class Footprint:
     """Bytes of one piece in one stage: ``given`` to it, ``sent`` on by it; ``held`` between its forward and backward
     pass, with what goes in and out; at most in the ``forward`` and the ``backward`` pass, in the ``first`` with the
-    gradients that come up; ``waiting``, what is kept more while gradients of weights wait. ``moved`` by ``kernels``, and sent to ranks
-    that share layers and tokens (``shared``), in both passes."""
+    gradients that come up; ``waiting``, what is kept more while gradients of weights wait. ``moved`` by ``kernels``,
+    and sent to ranks that share layers (``tensor``) and tokens (``context``), in both passes."""
 
     given: float
     sent: float
