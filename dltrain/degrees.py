@@ -36,20 +36,23 @@ def degrees_of(parallel: Parallel, environment: Environment) -> Degrees:
     reach over nodes; it names the nearest layouts that this world has."""
     world, tp, cp, pp = environment.world_size, parallel.tp, parallel.cp, parallel.pp
     model = pp * cp * tp
-    near = f"; for {world} ranks there are {nearest_legal(parallel, environment)}"
+
+    def near() -> str:
+        return f"; for {world} ranks there are {nearest_legal(parallel, environment)}"
+
     if environment.local_world_size % tp:
         raise UserError(
             f"parallel.tp is {tp}, which does not divide the {environment.local_world_size} ranks of a node; ranks "
-            f"that share layers must be on one node{near}"
+            f"that share layers must be on one node{near()}"
         )
     if world % model:
-        raise UserError(f"{_product({'pp': pp, 'cp': cp, 'tp': tp})} does not divide the {world} ranks{near}")
+        raise UserError(f"{_product({'pp': pp, 'cp': cp, 'tp': tp})} does not divide the {world} ranks{near()}")
     replicate, shard = _resolved(parallel, world // model, world, near)
     degrees = Degrees(pp, replicate, shard, cp, tp)
     if math.prod(degrees) != world:
         raise UserError(
             f"{_product(degrees._asdict())}, but there are {world} ranks; give dp_replicate or dp_shard -1, or start "
-            f"{math.prod(degrees)} ranks{near}"
+            f"{math.prod(degrees)} ranks{near()}"
         )
     return degrees
 
@@ -88,12 +91,12 @@ def _distance(parallel: Parallel, degrees: Degrees) -> tuple[float, Degrees]:
     return sum(abs(math.log2(asked / given)) for asked, given in pairs if asked > 0), degrees
 
 
-def _resolved(parallel: Parallel, ranks: int, world: int, near: str) -> tuple[int, int]:
+def _resolved(parallel: Parallel, ranks: int, world: int, near: Callable[[], str]) -> tuple[int, int]:
     replicate, shard = parallel.dp_replicate, parallel.dp_shard
     left = "" if ranks == world else " that parallel.pp, cp and tp leave"
     for name, degree in (("dp_replicate", replicate), ("dp_shard", shard)):
         if degree == 0 or (degree > 0 and ranks % degree):
-            raise UserError(f"parallel.{name} is {degree}, which does not divide the {ranks} ranks{left}{near}")
+            raise UserError(f"parallel.{name} is {degree}, which does not divide the {ranks} ranks{left}{near()}")
     if replicate == shard == -1:
         return 1, ranks
     if replicate == -1:

@@ -42,6 +42,7 @@ from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.checks import check_layout
 from dltrain.parallel.weights import Weights
+from dltrain.planning import plan
 from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
 from dltrain.runtime.environment import Environment
@@ -150,6 +151,8 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
 
 def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -> int:
     words, overrides = split_arguments(arguments)
+    if words[:1] == ["plan"]:
+        return plan(task, _declared(task), words[1:], overrides)
     parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules[task.__module__]))
     parser.add_argument("command", nargs="?", choices=("train", "eval", "verify"), default="train")
     parser.add_argument("run", nargs="?", help="the run to evaluate, or the folder of what verify compares")

@@ -66,6 +66,7 @@ def test_the_rooms_import_from_their_own_floor_or_below() -> None:
         "job": 6,
         "job_data": 6,
         "verification": 6,
+        "planning": 6,
         "recipes": 6,
         "sagemaker": 6,
         "cli": 6,

@@ -13,6 +13,7 @@ from dltrain.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, nearest
 
 COMMANDS = {
     "train": "train a recipe",
+    "plan": "list the layouts of a recipe by memory and time",
     "verify": "compare a layout with one process",
     "eval": "score a run's best checkpoint and write its report",
     "recipe": "list, show and copy recipes",

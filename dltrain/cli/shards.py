@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -12,6 +11,7 @@ from dltrain import storage
 from dltrain.cli.main import Parser
 from dltrain.cli.shards_plan import add_parser as add_plan
 from dltrain.cli.shards_plan import run as plan
+from dltrain.cli.sizes import size_of
 from dltrain.config import Config, load_overrides, split_arguments
 from dltrain.data.building.build import build_shards
 from dltrain.data.building.indexing import index_shards
@@ -26,8 +26,6 @@ from dltrain.data.writer import Limits
 from dltrain.errors import UserError
 
 _WHAT = "Make, check and look at data sets of shards. Settings of storage are taken too: --storage.profile NAME."
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 _CONVERT = {
     "--fields": "fields of a sample by column: jpg=image,cls=label; or the channels of series",
@@ -149,14 +147,7 @@ def _conclude(done: str, manifest: Manifest) -> None:
 
 
 def _limits(known: argparse.Namespace) -> Limits:
-    return Limits(known.samples_per_shard, _size(known.bytes_per_shard))
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS:
-        raise UserError(f"--bytes-per-shard is {text!r}; give bytes with a unit, such as 256MiB or 1GB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return Limits(known.samples_per_shard, size_of("--bytes-per-shard", known.bytes_per_shard))
 
 
 def _mapping(text: str) -> dict[str, str] | None:

@@ -88,7 +88,7 @@ class _Deal:
         self._name, self._rank, self._ranks = name, group.rank(), group.size()
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], tokens: Tensor) -> Tensor:
-        _refuse_indivisible("parallel.cp", self._name, tokens, self._ranks)
+        refuse_indivisible("parallel.cp", self._name, tokens, self._ranks)
         return tokens.chunk(self._ranks, _TOKENS)[self._rank].contiguous()
 
 
@@ -144,7 +144,7 @@ class _DealWhole:
         self._name, self._mesh = name, mesh
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], tokens: Tensor) -> Tensor:
-        _refuse_indivisible("parallel.tp", self._name, tokens, self._mesh.size())
+        refuse_indivisible("parallel.tp", self._name, tokens, self._mesh.size())
         whole = DTensor.from_local(tokens, self._mesh, [Replicate()], run_check=False)
         return whole.redistribute(placements=[Shard(_TOKENS)]).to_local()
 
@@ -161,7 +161,8 @@ class _Gather:
         return (whole.to_local() if self._local else whole, *arguments[1:])
 
 
-def _refuse_indivisible(setting: str, name: str, tokens: Tensor, ranks: int) -> None:
+def refuse_indivisible(setting: str, name: str, tokens: Tensor, ranks: int) -> None:
+    """Raises :class:`UserError` for tokens [n, tokens, width] that the ranks cannot share."""
     count = tokens.shape[_TOKENS]
     if count % ranks:
         divisors = ", ".join(str(number) for number in range(1, min(count, 64) + 1) if count % number == 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dltrain.parallel.pipeline.schedule import Schedule
 
-_AHEAD = 2
+AHEAD = 2
 
 Cargo = Literal["activations", "gradients"]
 
@@ -102,7 +102,7 @@ class Channels:
         """What another rank has sent for ``stage``; waits for it."""
         source = self._schedule.owners[stage - 1 if cargo == "activations" else stage + 1]
         coming, wanted = self._coming[source, cargo], (cargo, stage, piece)
-        while coming and (wanted not in self._here or self._asked(source, cargo) < _AHEAD + 1):
+        while coming and (wanted not in self._here or self._asked(source, cargo) < AHEAD + 1):
             self._ask(source, coming.pop(0))
         pairs = self._here.pop(wanted)
         for _, work in pairs:

@@ -12,7 +12,7 @@ from dltrain.config import Parallel
 from dltrain.errors import UserError
 from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
 from dltrain.parallel.pipeline.discover import discovered
-from dltrain.parallel.pipeline.schedule import build, micro_batches, stages_per_rank
+from dltrain.parallel.pipeline.schedule import Schedule, build, micro_batches, stages_per_rank
 from dltrain.parallel.pipeline.trace import keep_tensors, traced
 from dltrain.parallel.plan import Plan
 
@@ -40,21 +40,31 @@ def part(model: nn.Module, plan: Plan, parallel: Parallel, rank: int, samples: i
     By the plan's chain, or the one its forward turns out to be, or by tracing. ``samples`` are those of each step.
     Raises :class:`UserError` for a model that cannot be cut so often, and a number of micro-batches that does not fit.
     """
-    wanted = parallel.pp * (parallel.stages_per_rank or stages_per_rank(parallel.schedule))
-    number, size = micro_batches(samples, parallel.micro_batch, wanted, parallel.pp)
-    owners = build(parallel.schedule, parallel.pp, number, parallel.stages_per_rank).owners
-    inputs = example(size)
+    schedule, size = schedule_of(parallel, samples)
+    owners, inputs = schedule.owners, example(size)
     found = plan.chain or discovered(model, inputs)
-    if found and (plan.chain or len(found) >= wanted):
+    if found and (plan.chain or len(found) >= len(owners)):
         return Parts(model, dict(_chained(model, replace(plan, chain=found), inputs, owners, rank)), owners)
     return Parts(model, dict(_traced(model, plan, inputs, owners, rank)), owners, size)
+
+
+def schedule_of(parallel: Parallel, samples: int) -> tuple[Schedule, int]:
+    """The schedule of a step of so many samples, and the samples of a micro-batch. Raises :class:`UserError`."""
+    stages = parallel.pp * (parallel.stages_per_rank or stages_per_rank(parallel.schedule))
+    number, size = micro_batches(samples, parallel.micro_batch, stages, parallel.pp)
+    return build(parallel.schedule, parallel.pp, number, parallel.stages_per_rank), size
+
+
+def units_in_order(model: nn.Module, plan: Plan) -> list[str]:
+    """Names of the units, at which a model that is no chain is cut, in the order of the model."""
+    return [name for name, _ in sorted(plan.found(model).items(), key=lambda item: _place(model, item[0]))]
 
 
 def _chained(
     model: nn.Module, plan: Plan, inputs: tuple[Any, ...], owners: Sequence[int], rank: int
 ) -> list[tuple[int, nn.Module]]:
     links = chain(model, plan)
-    _refuse_shallow(model, len(links), "names", len(owners))
+    refuse_shallow(model, len(links), "names", len(owners))
     cuts = balanced(costs_of(model, [link.name for link in links], inputs), len(owners))
     mine = {number: [links[place] for place in cut] for number, cut in enumerate(cuts) if owners[number] == rank}
     keep(model, links, [link for some in mine.values() for link in some])
@@ -64,8 +74,8 @@ def _chained(
 def _traced(
     model: nn.Module, plan: Plan, inputs: tuple[Any, ...], owners: Sequence[int], rank: int
 ) -> list[tuple[int, nn.Module]]:
-    units = [name for name, _ in sorted(plan.found(model).items(), key=lambda item: _place(model, item[0]))]
-    _refuse_shallow(model, len(units), "finds", len(owners))
+    units = units_in_order(model, plan)
+    refuse_shallow(model, len(units), "finds", len(owners))
     cuts = balanced(costs_of(model, units, inputs), len(owners))
     stages = traced(model, inputs, [units[cut[0]] for cut in cuts[1:]])
     mine = {number: stage for number, stage in enumerate(stages) if owners[number] == rank}
@@ -77,7 +87,8 @@ def _place(model: nn.Module, name: str) -> int:
     return [other for other, _ in model.named_modules()].index(name)
 
 
-def _refuse_shallow(model: nn.Module, modules: int, does: str, stages: int) -> None:
+def refuse_shallow(model: nn.Module, modules: int, does: str, stages: int) -> None:
+    """Raises :class:`UserError` for more stages than modules."""
     if modules < stages:
         raise UserError(
             f"the pipeline has {stages} stages, and the plan of {type(model).__name__} {does} {modules} modules to "
