@@ -32,10 +32,10 @@ def here(ranks: int, of_a_node: int = 0) -> Environment:
 @pytest.mark.parametrize(
     ("ranks", "settings", "expected"),
     [
-        (4, {}, (1, 4, 1, 1)),
-        (8, {"dp_shard": -1}, (1, 1, 8, 1)),
-        (8, {"dp_shard": 2, "tp": 2}, (1, 2, 2, 2)),
-        (8, {"pp": 2, "dp_replicate": 2, "dp_shard": -1}, (2, 2, 2, 1)),
+        (4, {}, (1, 4, 1, 1, 1)),
+        (8, {"dp_shard": -1}, (1, 1, 8, 1, 1)),
+        (8, {"dp_shard": 2, "tp": 2}, (1, 2, 2, 1, 2)),
+        (8, {"pp": 2, "dp_replicate": 2, "dp_shard": -1}, (2, 2, 2, 1, 1)),
     ],
 )
 def test_what_is_left_open_takes_the_ranks_that_are_left(
@@ -94,7 +94,7 @@ def test_every_layout_that_is_named_is_legal() -> None:
             for settings in nearest_legal(parallel, here(ranks)).split(", or "):
                 words = settings.split()
                 named = dict(zip(words[::2], map(int, words[1::2]), strict=True))
-                assert degrees_of(parallel.replace(**named), here(ranks))._asdict() == named
+                assert degrees_of(parallel.replace(**named), here(ranks))._asdict() == {"cp": 1, **named}
 
 
 def test_the_schedules_that_split_are_those_that_say_so() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dltrain.config import Config, Parallel, load_overrides
+from dltrain.degrees import degrees_of
 from dltrain.errors import UserError
-from dltrain.mesh import data_degrees
 from dltrain.parallel.devices import DEVICES, device_of
 from dltrain.parallel.estimate import EFFICIENCY, Cluster, Estimate, Study, ring
 from dltrain.parallel.layouts import layouts
@@ -36,7 +36,7 @@ def study(compute: str = "fp32") -> Study:
 def estimated(name: str, compute: str = "fp32") -> Estimate:
     wanted = MEASURED[name]
     parallel = load_overrides(Config(), wanted.overrides).parallel
-    replicate, shard = data_degrees(parallel, Environment(0, wanted.ranks, 0, wanted.ranks))
+    _, replicate, shard, _, _ = degrees_of(parallel, Environment(0, wanted.ranks, 0, wanted.ranks))
     cluster = Cluster(wanted.ranks, wanted.ranks, 80e9, DEVICES["h100"])
     return study(compute).estimate(parallel.replace(dp_replicate=replicate, dp_shard=shard), cluster)
 
