@@ -19,6 +19,7 @@ BENCHMARKS = {
     "data": "samples per second, resume and memory of the data path, beside other libraries",
     "throughput": "images per second of ResNet-18 and ViT-B/16: the Trainer against a bare PyTorch loop",
     "trainer_overhead": "microseconds the Trainer adds to a step of a small model",
+    "parity": "dltrain verify of every engine and schedule; writes docs/parity.md",
     "parallel": "CPU seconds of a step under each layout: the Trainer against plain PyTorch by hand",
     "report": "write results/README.md anew from the stored results",
 }

@@ -17,7 +17,7 @@ from dltrain.config import Parallel
 from dltrain.degrees import degrees_of
 from dltrain.runtime.environment import Environment
 
-AXES = ("pp", "dp_replicate", "shard", "tp")
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 """Of torch's mesh. Ranks with other tokens of the same samples have shards of their own: dp_shard and cp are one."""
 
 
@@ -89,7 +89,7 @@ class Mesh:
 
         Ranks with other tokens of the same samples have shards of their own.
         """
-        return self._axes("dp_replicate", "shard") if self.dp_replicate > 1 else self._axes("shard")
+        return self._axes("dp_replicate", "dp_shard") if self.dp_replicate > 1 else self._axes("dp_shard")
 
     def tensor_axis(self) -> DeviceMesh:
         """The ranks that share layers."""
@@ -107,7 +107,7 @@ class Mesh:
             return dist.group.WORLD
         if self._part == 1:
             return None
-        return self._axes("dp_replicate", "shard", "tp")._flatten("part").get_group()
+        return self._axes("dp_replicate", "dp_shard", "tp")._flatten("part").get_group()
 
     def stage_group(self) -> dist.ProcessGroup | None:
         """The ranks that hold the same part of the model, in whole or in shards; ``None`` for one alone."""
@@ -119,7 +119,7 @@ class Mesh:
             return None
         if self.tp * self.pp == 1:
             return dist.group.WORLD
-        return self._axes("dp_replicate", "shard")._flatten("data").get_group()
+        return self._axes("dp_replicate", "dp_shard")._flatten("data").get_group()
 
     def data_group(self) -> dist.ProcessGroup | None:
         """The ranks that hold the same as this one and see other samples; ``None`` for one alone."""

@@ -26,7 +26,7 @@ from dltrain.mesh import Mesh
 
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_AXES = ("dp_replicate", "shard", "tp")
+_AXES = ("dp_replicate", "dp_shard", "tp")
 
 
 @dataclass(frozen=True)
