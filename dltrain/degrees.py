@@ -30,6 +30,16 @@ class Degrees(NamedTuple):
         """Groups of ranks that see different samples."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def reduced_ranks(self) -> int:
+        """Ranks over which gradients are averaged: those with other samples, or other tokens of the same ones."""
+        return self.data_ranks * self.cp
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 holds the parameters: in shards, or, where DDP cannot, as replicas in shards of one."""
+        return self.dp_shard > 1 or (self.reduced_ranks > 1 and self.tp * self.pp > 1)
+
 
 def degrees_of(parallel: Parallel, environment: Environment) -> Degrees:
     """Resolve -1. Raises :class:`UserError` where degrees do not multiply to the number of ranks, or split layers would

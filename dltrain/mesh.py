@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dltrain.config import Parallel
-from dltrain.degrees import degrees_of
+from dltrain.degrees import Degrees, degrees_of
 from dltrain.runtime.environment import Environment
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
@@ -36,9 +36,14 @@ class Mesh:
     """The ranks that share the tokens of the same samples."""
 
     @property
+    def degrees(self) -> Degrees:
+        """Of the axes alone."""
+        return Degrees(self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
+
+    @property
     def data_ranks(self) -> int:
         """Groups of ranks that see different samples."""
-        return self.dp_replicate * self.dp_shard
+        return self.degrees.data_ranks
 
     @property
     def data_rank(self) -> int:
@@ -77,7 +82,12 @@ class Mesh:
     @property
     def reduced_ranks(self) -> int:
         """Ranks over which gradients are averaged: those with other samples, or other tokens of the same ones."""
-        return self.data_ranks * self.cp
+        return self.degrees.reduced_ranks
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 holds the parameters: in shards, or, where DDP cannot, as replicas in shards of one."""
+        return self.degrees.is_sharded
 
     @property
     def _part(self) -> int:

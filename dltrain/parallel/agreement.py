@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -84,28 +83,6 @@ class Agreement:
             mine = (what, tuple(self._mesh.place_on(axis) for axis in sorted(split_on)), sums[place], rank)
         holders = [each for each in _gathered(mine) if each is not None]
         return f"{holders[0][0]} is not the same on ranks that should have it equal: {_who(holders)}"
-
-
-def tied(model: nn.Module) -> list[list[str]]:
-    """Names by which the model has one and the same parameter."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [some for some in names.values() if len(some) > 1]
-
-
-def refuse_untied(model: nn.Module, ties: Sequence[Sequence[str]]) -> None:
-    """Raises :class:`UserError` where a layout has made several parameters of one; they would be trained apart."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for names in ties:
-        here = [name for name in names if name in parameters]
-        for name in here[1:]:
-            if parameters[name] is not parameters[here[0]]:
-                raise UserError(
-                    f"{here[0]} and {name} of the model are one weight, and this layout makes two of it; "
-                    "leave both out of the plan's units and split layers, so that they stay together, or train with "
-                    "replicas alone (parallel.dp_shard 1, parallel.tp 1)"
-                )
 
 
 def _held(model: nn.Module) -> Iterator[_Held]:

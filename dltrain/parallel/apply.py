@@ -15,11 +15,10 @@ from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.optim.freezing import freeze
 from dltrain.optim.optimizer import build_optimizer
-from dltrain.parallel.agreement import refuse_untied
 from dltrain.parallel.batch_norm import synchronise
 from dltrain.parallel.checkpointing import checkpoint_units
 from dltrain.parallel.compiling import compile_each
-from dltrain.parallel.data import is_sharded, replicate, shard
+from dltrain.parallel.data import replicate, shard
 from dltrain.parallel.deepspeed.engine import DeepSpeedEngine, deepspeed_engine
 from dltrain.parallel.forward import inputs_of
 from dltrain.parallel.meta import Blueprint, built_on_meta
@@ -29,9 +28,8 @@ from dltrain.parallel.pipeline.parts import Parts, part
 from dltrain.parallel.pipeline.trace import adopt
 from dltrain.parallel.plain import PlainEngine
 from dltrain.parallel.plan import Plan
-from dltrain.parallel.refuse import refuse
 from dltrain.parallel.tensor import Split, split, splits_of
-from dltrain.parallel.ties import refuse_split_ties, self_contained, ties
+from dltrain.parallel.ties import refuse_split_ties, refuse_untied, self_contained, ties
 from dltrain.parallel.tokens import Role, roles_of, share_context, share_sequence
 from dltrain.parallel.update import trained
 from dltrain.parallel.weights import Weights
@@ -67,7 +65,6 @@ def parallelize(
        in shards of one: DDP takes no split tensors, and a stage goes backward many times in a step.
     9. The optimizer, last, for it must hold the parameters that are trained.
     """
-    refuse(config, mesh)
     model, blueprint = _built(task, config, weights)
     if brings_its_own(task) and mesh.devices is not None:
         return parallelize_by_task(task, model, config, mesh, device)
@@ -86,13 +83,13 @@ def parallelize(
         compile_each((named.units if mesh.environment.world_size > 1 else []) or roots)
     if config.parallel.engine == "deepspeed":
         return deepspeed_engine(task, model, config, mesh, device)
-    if is_sharded(mesh):
+    if mesh.is_sharded:
         _shard(model, roots, named.units, parts, config, mesh)
     if blueprint is not None:
         blueprint.fill(roots, config.run.seed, device, torch.device("cpu") if config.parallel.offload else device)
-        model = model if is_sharded(mesh) else _placed(model, device, config, mesh)
+        model = model if mesh.is_sharded else _placed(model, device, config, mesh)
     wrapped = model
-    if not is_sharded(mesh) and parts is None and mesh.reduced_ranks > 1:
+    if not mesh.is_sharded and parts is None and mesh.reduced_ranks > 1:
         wrapped = replicate(model, device, config.parallel)
     refuse_untied(model, shared)
     optimizer = build_optimizer(model, config.optim, names)
@@ -171,7 +168,7 @@ def _refuse_traced_norms(model: nn.Module, parts: Parts | None) -> None:
 def _placed(model: nn.Module, device: torch.device, config: Config, mesh: Mesh) -> nn.Module:
     """On the device, in the memory format asked for; shards are of contiguous weights, and there inputs are enough."""
     model = model.to(device)
-    if not config.precision.channels_last or is_sharded(mesh) or config.parallel.engine == "deepspeed":
+    if not config.precision.channels_last or mesh.is_sharded or config.parallel.engine == "deepspeed":
         return model
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

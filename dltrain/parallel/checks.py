@@ -1,7 +1,7 @@
 """Every check of a layout that needs no model, in one place and without torch: before a rank starts or a model is made.
 
 What needs the model (heads against ``parallel.tp``, its depth against the stages) follows right after it is built, in
-``apply.py``.
+``apply.py``; what needs the device (bf16 gradients by gloo), where it is used.
 
     check_layout(config, Environment.read())
 """
@@ -22,30 +22,30 @@ SPLITTING = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
 def check_layout(config: Config, environment: Environment, batch: bool = True) -> Degrees:
     """The degrees of the layout, once all is well with it; without ``batch`` no training batch is looked at.
 
-    Raises :class:`UserError` for degrees that do not fit the world, a batch too small for them, and a pipeline whose
-    schedule does not fit its stages, its micro-batches, or compilation.
+    Raises :class:`UserError` for degrees that do not fit the world, settings that do not go with each other or with the
+    layout, a batch too small for it, and a pipeline whose schedule does not fit its stages or its micro-batches.
     """
     degrees = degrees_of(config.parallel, environment)
-    if config.parallel.micro_batch == AUTO and max(degrees.dp_shard, degrees.cp, degrees.tp, degrees.pp) > 1:
-        raise UserError(
-            "parallel.micro_batch is auto, which is tried by passes that may fail on one rank alone, while with "
-            "parallel.dp_shard, cp, tp or pp the others would wait in it for that rank; give a number, or train with "
-            "replicas alone"
-        )
-    if config.parallel.sequence and degrees.tp == 1:
-        raise UserError(
-            "parallel.sequence is on and parallel.tp is 1: it shares tokens out over the ranks of split layers; give "
-            "parallel.tp, or parallel.cp instead"
-        )
+    _check_tokens(config, degrees)
     if config.parallel.engine == "deepspeed":
         _check_deepspeed(config)
-    if degrees.pp > 1:
-        _check_compilation(config)
+    _check_passes(config, degrees)
+    _check_shards(config, degrees, environment.world_size)
+    if environment.world_size > 1:  # one process alone has nobody to send to, and a recipe may say how
+        _check_replicas(config, degrees)
     if batch:
         _check_batch(config, environment, degrees)
         if degrees.pp > 1:
             _check_pieces(config, degrees)
     return degrees
+
+
+def _check_tokens(config: Config, degrees: Degrees) -> None:
+    if config.parallel.sequence and degrees.tp == 1:
+        raise UserError(
+            "parallel.sequence is on and parallel.tp is 1: it shares tokens out over the ranks of split layers; give "
+            "parallel.tp, or parallel.cp instead"
+        )
 
 
 def _check_deepspeed(config: Config) -> None:
@@ -61,6 +61,66 @@ def _check_deepspeed(config: Config) -> None:
             raise UserError(f"{name} does not go with parallel.engine deepspeed; leave it out, or take engine plain")
 
 
+def _check_passes(config: Config, degrees: Degrees) -> None:
+    """How a batch goes forward and backward: in micro-batches, compiled, with activations computed again."""
+    parallel, again = config.parallel, config.parallel.activation_checkpointing
+    if parallel.micro_batch == AUTO and max(degrees.dp_shard, degrees.cp, degrees.tp, degrees.pp) > 1:
+        raise UserError(
+            "parallel.micro_batch is auto, which is tried by passes that may fail on one rank alone, while with "
+            "parallel.dp_shard, cp, tp or pp the others would wait in it for that rank; give a number, or train with "
+            "replicas alone"
+        )
+    if again == "budget" and not config.precision.compile:
+        raise UserError(
+            "parallel.activation_checkpointing budget is the compiler's; set precision.compile true, or take selective"
+        )
+    if degrees.pp == 1 or parallel.schedule not in SPLITTING:
+        return
+    if config.precision.compile:
+        raise UserError(
+            f"parallel.schedule {parallel.schedule} goes backward in two parts, and a compiled stage in one; "
+            "take 1f1b or interleaved_1f1b, or set precision.compile false"
+        )
+    if again in ("full", "selective"):
+        raise UserError(
+            f"parallel.schedule {parallel.schedule} goes backward in two parts, and with "
+            f"parallel.activation_checkpointing {again} each weight would compute its unit anew; take 1f1b or "
+            "interleaved_1f1b"
+        )
+
+
+def _check_shards(config: Config, degrees: Degrees, world: int) -> None:
+    """What is FSDP2's."""
+    if degrees.is_sharded:
+        return
+    if config.parallel.offload:
+        raise UserError(
+            "parallel.offload moves what FSDP2 shards, and this layout shards nothing; set parallel.dp_shard over more "
+            "than one rank, or parallel.offload false"
+        )
+    if config.parallel.prefetch and world > 1:
+        raise UserError(
+            f"parallel.prefetch is {config.parallel.prefetch}, and no parameter is sharded that could be gathered "
+            "ahead; set parallel.dp_shard, or parallel.prefetch 0"
+        )
+
+
+def _check_replicas(config: Config, degrees: Degrees) -> None:
+    """What is DDP's."""
+    parallel = config.parallel
+    for name, value, usual in (("compress", parallel.compress, "none"), ("bucket_mib", parallel.bucket_mib, 0)):
+        if value != usual and (degrees.is_sharded or degrees.data_ranks == 1):
+            raise UserError(
+                f"parallel.{name} is {value}, which is DDP's, and this layout has no replicas by DDP; set "
+                f"parallel.{name} {usual}, or parallel.dp_shard, tp and pp 1"
+            )
+    if parallel.compress == "powersgd" and config.run.nonfinite == "skip":
+        raise UserError(
+            "parallel.compress is powersgd and run.nonfinite skip: what PowerSGD adds to the next gradient would never "
+            "be finite again; set run.nonfinite stop"
+        )
+
+
 def _check_batch(config: Config, environment: Environment, degrees: Degrees) -> None:
     samples = config.data.global_batch_size
     if samples < degrees.data_ranks:
@@ -68,15 +128,6 @@ def _check_batch(config: Config, environment: Environment, degrees: Degrees) -> 
         raise UserError(
             f"data.global_batch_size is {samples}, smaller than the {degrees.data_ranks} data ranks; give at least "
             f"{degrees.data_ranks}, train on fewer ranks, or take {near}"
-        )
-
-
-def _check_compilation(config: Config) -> None:
-    parallel = config.parallel
-    if config.precision.compile and parallel.schedule in SPLITTING:
-        raise UserError(
-            f"parallel.schedule {parallel.schedule} takes backward passes apart, which compiled stages do not allow; "
-            "take 1f1b or interleaved_1f1b, or set precision.compile false"
         )
 
 

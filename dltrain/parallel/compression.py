@@ -15,14 +15,22 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from dltrain.config import Parallel
+from dltrain.errors import UserError
 
 _WHOLE_PASSES = 2
 """Passes that send everything: the throw-away ones before the first step, in which DDP orders its buckets."""
 
 
 def compress(model: DistributedDataParallel, parallel: Parallel) -> None:
-    """Have ``model`` send gradients as ``parallel.compress`` says."""
+    """Have ``model`` send gradients as ``parallel.compress`` says.
+
+    Raises :class:`UserError` for bf16 on CPUs, which gloo does not add up.
+    """
     group = dist.group.WORLD
+    if parallel.compress == "bf16" and next(model.parameters()).device.type == "cpu":
+        raise UserError(
+            "parallel.compress is bf16, which torch promises for NCCL alone, and these ranks are on CPUs; take fp16"
+        )
     if parallel.compress == "fp16":
         model.register_comm_hook(group, fp16_compress_hook)
     elif parallel.compress == "bf16":

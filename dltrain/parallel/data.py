@@ -21,11 +21,6 @@ from dltrain.parallel.compression import compress
 from dltrain.parallel.forward import COMPUTE
 
 
-def is_sharded(mesh: Mesh) -> bool:
-    """Whether FSDP2 holds the parameters: in shards, or, where DDP cannot, as replicas in shards of one."""
-    return mesh.dp_shard > 1 or (mesh.reduced_ranks > 1 and mesh.tp * mesh.pp > 1)
-
-
 def replicate(model: nn.Module, device: torch.device, parallel: Parallel) -> DistributedDataParallel:
     """DDP. Buffers are kept equal by the engine, once per step under every layout."""
     device_ids = [device] if device.type == "cuda" else None

@@ -44,6 +44,20 @@ def refuse_split_ties(model: nn.Module, splits: Sequence[Split]) -> None:
                 )
 
 
+def refuse_untied(model: nn.Module, tied: Sequence[Sequence[str]]) -> None:
+    """Raises :class:`UserError` where a layout has made several parameters of one; they would be trained apart."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for names in tied:
+        here = [name for name in names if name in parameters]
+        for name in here[1:]:
+            if parameters[name] is not parameters[here[0]]:
+                raise UserError(
+                    f"{here[0]} and {name} of the model are one weight, and this layout makes two of it; "
+                    "leave both out of the plan's units and split layers, so that they stay together, or train with "
+                    "replicas alone (parallel.dp_shard 1, parallel.tp 1)"
+                )
+
+
 def _together(unit: str, names: Sequence[str]) -> bool:
     inside = [name.startswith(f"{unit}.") for name in names]
     return all(inside) or not any(inside)

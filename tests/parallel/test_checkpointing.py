@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from dltrain.models.vision.vit import ViT
 from dltrain.parallel.checkpointing import checkpoint_units
 from dltrain.parallel.plan import Plan
 from dltrain.testing.ranks import run_ranks
-from tests.parallel.matrix import LAYOUTS, build, train
+from tests.parallel.matrix import LAYOUTS, train
 from tests.parallel.test_engine import Normed, engine_for, share_of
 
 KINDS = ("none", "full", "selective")
@@ -144,25 +142,3 @@ def test_what_cannot_be_computed_again_is_refused() -> None:
     with pytest.raises(UserError, match=r"the plan has none; name them in Plan\(units="):
         checkpoint_units(Plan().modules(nn.Linear(2, 2)), load_overrides(Config(), {
             "parallel.activation_checkpointing": "full"}))  # fmt: skip
-
-
-REFUSED: list[tuple[int, dict[str, Any], str]] = [
-    (1, {"parallel.activation_checkpointing": "budget"}, "budget is the compiler's; set precision.compile true"),
-    (2, {"parallel.pp": 2, "parallel.schedule": "zbv_zero_bubble", "parallel.activation_checkpointing": "full"},
-     "zbv_zero_bubble goes backward in two parts, and with parallel.activation_checkpointing full"),
-    (2, {"parallel.pp": 2, "parallel.schedule": "dualpipe_v", "precision.compile": True},
-     "dualpipe_v goes backward in two parts, and a compiled stage in one"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("ranks", "settings", "words"), REFUSED)
-def test_settings_that_do_not_go_together_are_refused(ranks: int, settings: dict[str, Any], words: str) -> None:
-    assert words in run_ranks(refusal, ranks, ranks, settings)[0]
-
-
-def refusal(rank: int, ranks: int, settings: dict[str, Any]) -> str:
-    try:
-        build("vit", rank, ranks, settings)
-    except UserError as error:
-        return str(error)
-    return ""

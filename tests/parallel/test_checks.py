@@ -59,7 +59,20 @@ REFUSED = [
     (4, {"data__global_batch_size": 3}, "data.global_batch_size is 3, smaller than the 4 data ranks; give at least 4",
      ["pp 1 dp_replicate 2 dp_shard 1 tp 2", "pp 2 dp_replicate 2 dp_shard 1 tp 1"]),
     (2, {"parallel__pp": 2, "parallel__schedule": "zbv_zero_bubble", "precision__compile": True},
-     "zbv_zero_bubble takes backward passes apart", ["take 1f1b or interleaved_1f1b, or set precision.compile false"]),
+     "zbv_zero_bubble goes backward in two parts, and a compiled stage in one",
+     ["take 1f1b or interleaved_1f1b, or set precision.compile false"]),
+    (2, {"parallel__pp": 2, "parallel__schedule": "zbv_zero_bubble", "parallel__activation_checkpointing": "full"},
+     "each weight would compute its unit anew", ["take 1f1b or interleaved_1f1b"]),
+    (1, {"parallel__activation_checkpointing": "budget"}, "budget is the compiler's", ["set precision.compile true"]),
+    (2, {"parallel__offload": True}, "this layout shards nothing", ["set parallel.dp_shard"]),
+    (2, {"parallel__prefetch": 1}, "parallel.prefetch is 1, and no parameter is sharded", ["parallel.prefetch 0"]),
+    (2, {"parallel__compress": "fp16", "parallel__dp_shard": 2}, "parallel.compress is fp16, which is DDP's",
+     ["set parallel.compress none"]),
+    (2, {"parallel__bucket_mib": 5.0, "parallel__tp": 2}, "parallel.bucket_mib is 5.0, which is DDP's",
+     ["set parallel.bucket_mib 0"]),
+    (2, {"parallel__compress": "powersgd", "parallel__pp": 2}, "parallel.compress is powersgd, which is DDP's", []),
+    (2, {"parallel__compress": "powersgd", "run__nonfinite": "skip"}, "would never be finite again",
+     ["set run.nonfinite stop"]),
     (2, {"parallel__pp": 2, "parallel__schedule": "dualpipe_v", "parallel__micro_batch": 32},
      "needs at least 4 micro-batches, and there are 2", ["make parallel.micro_batch smaller"]),
     (2, {"parallel__pp": 2, "parallel__stages_per_rank": 2}, "1f1b has one stage on each rank",
@@ -78,6 +91,11 @@ def test_a_layout_that_cannot_be_is_told_with_what_can(
     assert found in str(refused.value)
     for words in instead:
         assert words in str(refused.value)
+
+
+def test_one_process_takes_a_recipe_that_says_how_ranks_talk() -> None:
+    for settings in ({"parallel__prefetch": 1}, {"parallel__compress": "fp16"}, {"parallel__bucket_mib": 5.0}):
+        assert check_layout(config_of(**settings), here(1)) == Degrees(1, 1, 1, 1, 1)
 
 
 def test_split_layers_are_offered_within_a_node_alone() -> None:
