@@ -40,7 +40,8 @@ from dltrain.parallel.pipeline.cut import balanced, chain, costs_of
 from dltrain.parallel.pipeline.discover import discovered
 from dltrain.parallel.pipeline.memory import Footprint, footprints, pipeline_memory
 from dltrain.parallel.pipeline.parts import refuse_shallow, schedule_of, units_in_order
-from dltrain.parallel.pipeline.schedule import Schedule, simulate
+from dltrain.parallel.pipeline.schedule import Schedule
+from dltrain.parallel.pipeline.simulation import simulate
 from dltrain.parallel.plan import Plan
 from dltrain.parallel.rehearsal import SIZES, Rehearsed, Weight, on_meta, rehearse
 from dltrain.task import Task

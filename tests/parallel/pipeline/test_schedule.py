@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from dltrain.errors import UserError
-from dltrain.parallel.pipeline.schedule import NAMES, Schedule, build, forward_only, micro_batches, simulate
+from dltrain.parallel.pipeline.schedule import NAMES, Schedule, build, forward_only, micro_batches
+from dltrain.parallel.pipeline.simulation import simulate
 
 RANKS = some.integers(1, 8)
 
