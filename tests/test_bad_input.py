@@ -57,23 +57,28 @@ def test_mistakes_on_the_command_line_fail_in_a_second(cli: Cli, words: list[str
     assert seconds < 1.0 * float(os.environ.get("DLTRAIN_TEST_SLOWNESS", "2")), f"{seconds:.2f} s"
 
 
+SLOW = pytest.mark.slow
+"""Told where others are, which stay in the default suite: each starts two ranks."""
+
+
 @pytest.mark.parametrize(
     ("settings", "variables", "parts"),
     [
         (["--data.train", "s3://no-such-bucket/x"], {}, ["no bucket 'no-such-bucket'"]),
-        (
+        pytest.param(
             ["--data.train", "s3://data/none"],
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
             ["cannot reach", "127.0.0.1:9"],
+            marks=SLOW,
         ),
-        (["--data.train", "s3://data/nothing"], {}, ["no data set at s3://data/nothing"]),
-        (["--data.train", "bundled://digits/tain"], {}, ["did you mean 'train'"]),
-        (["--data.train", ""], {}, ["data.train is empty"]),
+        pytest.param(["--data.train", "s3://data/nothing"], {}, ["no data set at s3://data/nothing"], marks=SLOW),
+        pytest.param(["--data.train", "bundled://digits/tain"], {}, ["did you mean 'train'"], marks=SLOW),
+        pytest.param(["--data.train", ""], {}, ["data.train is empty"], marks=SLOW),
         (["--data.global_batch_size", "1"], {}, ["data.global_batch_size is 1, smaller than the 2 data ranks"]),
         (["--parallel.dp_replicate", "3"], {}, ["does not divide the 2 ranks"]),
         (["--schedule.warmup", "99st"], {}, ["longer than the run's 16"]),
-        (["--evaluation.metric", "acuracy"], {}, ["did you mean 'accuracy'"]),
-        (["--run.device", "cuda"], {}, ["finds no CUDA device"]),
+        pytest.param(["--evaluation.metric", "acuracy"], {}, ["did you mean 'accuracy'"], marks=SLOW),
+        pytest.param(["--run.device", "cuda"], {}, ["finds no CUDA device"], marks=SLOW),
         (["--optim.no_decay", "[nothing*]"], {}, ["'nothing*', which matches no parameter"]),
         ([], {"TINY_NAN": "1"}, ["gradient of step 1 is not finite", "loss nan"]),
     ],

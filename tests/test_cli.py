@@ -65,13 +65,15 @@ def test_recipes_are_listed_shown_and_copied_to_run_unchanged(cli: Cli, tmp_path
     assert cli("recipe", "show", "image/classify").out == source
     assert cli("recipe", "cp", "image/classify", "mine.py").status == 0
     assert (tmp_path / "mine.py").read_text() == source
-    done = cli("train", "mine.py", "--preset", "digits", "--run.length", "1ep", "--data.workers", "1")
+    words = ("--run.length", "1ep", "--data.workers", "1", "--evaluation.report", "false")
+    done = cli("train", "mine.py", "--preset", "digits", *words)
     assert done.status == 0, done.err
     assert cli("recipe", "cp", "image/classify", "mine.py").status == 2
 
 
 def test_torchrun_of_the_recipe_is_the_same_job(cli: Cli, tmp_path: Path) -> None:
-    settings = ["--preset", "digits", "--run.length", "2ep", "--logging.every", "1st", "--run.name"]
+    settings = ["--preset", "digits", "--run.length", "2ep", "--logging.every", "1st", "--evaluation.report", "false"]
+    settings += ["--run.name"]
     assert cli("train", "image/classify", "--nproc", "2", *settings, "ours").status == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

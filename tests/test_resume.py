@@ -41,7 +41,7 @@ def seen(folder: Path) -> dict[int, dict[int, str]]:
     return steps
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_killed_at_three_steps_and_resumed_on_three_ranks_ends_with_the_same_bits(
     cli: Cli, tmp_path: Path, layout: str
 ) -> None:
@@ -108,7 +108,7 @@ def test_resuming_a_finished_run_trains_no_further(cli: Cli, tmp_path: Path) -> 
     assert again.result["accuracy"] == first.result["accuracy"]
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
 def test_a_signal_to_the_whole_process_group_saves_and_stops(tmp_path: Path, number: str) -> None:
     """What Ctrl-C on a terminal and a scheduler do: launcher, ranks and loader workers get it all at once."""
     command = [sys.executable, "-m", "dltrain", "train", TINY, "--preset", "small", "--nproc", "2", "--run.name", "x"]
@@ -147,7 +147,7 @@ def test_a_signal_before_training_ends_at_once_without_a_traceback(tmp_path: Pat
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("tail", ["drop", "pad"])
+@pytest.mark.parametrize("tail", [pytest.param("drop", marks=pytest.mark.slow), "pad"])
 def test_a_run_with_a_ragged_tail_resumes_exactly(cli: Cli, tmp_path: Path, tail: str) -> None:
     settings = ["train", TINY, "--preset", "small", "--run.length", "1.5ep", "--data.tail", tail]
     assert cli(*settings, "--run.name", "whole").status == 0

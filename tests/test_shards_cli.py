@@ -205,7 +205,7 @@ def test_a_terminal_sees_a_bar(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    write_data_set(str(tmp_path / "d"), samples=600)
+    write_data_set(str(tmp_path / "d"), samples=3000)
     words = ("reshard", "d", "e", "--samples-per-shard", "5", "--workers", "2")
     process = start(tmp_path, *words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     while len(list((tmp_path / "e").glob("*.tar"))) < 8:

@@ -212,6 +212,9 @@ class Precision(Section):
 
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 and fp16 keep fp32 master weights and fp32 gradient reduction; fp16 scales losses, as GradScaler does."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """FSDP2: number format in which gradients are added up, of micro-batches and of ranks. bf16 sends and holds half
+    the bytes, and rounds every sum."""
     matmul: Literal["highest", "high"] = "highest"
     """'high' lets fp32 matrix products use TF32 on a GPU."""
     batch_norm: Literal["local", "synchronised"] = "local"
@@ -237,6 +240,9 @@ class Parallel(Section):
     """With tp: between split layers each rank keeps its part of the tokens, for less memory (sequence parallelism)."""
     cp: int = Field(default=1, ge=1)
     """Ranks that share the tokens of the same samples, where the model's plan says how: long series, large images."""
+    cp_attention: Literal["auto", "gather", "ring"] = "auto"
+    """With cp: gather keys and values of all tokens, or pass them round a ring, which never holds all of them and sends
+    while it computes. auto takes the ring on CUDA in bf16 or fp16, where the plan allows it."""
     pp: int = Field(default=1, ge=1)
     """Parts of a pipeline: the model is cut where its plan says how, and each part of the ranks has its stages."""
     schedule: Literal[

@@ -23,7 +23,7 @@ TOKENS = {
     "embed": "deal",
     "blocks.*.attention_norm": "each",
     "blocks.*.attention": "gather",
-    "blocks.*.attention.mix": "attend",
+    "blocks.*.attention.mix": "dot_product",
     "blocks.*.mlp_norm": "each",
     "blocks.*.mlp": "gather",
     "head": "join",

@@ -120,7 +120,7 @@ def _share_context(roles: Sequence[Role], ranks: int, log: Log) -> None:
         if each.role == "deal":
             refuse = partial(refuse_indivisible, "parallel.cp", each.name, ranks=ranks)
             each.module.register_forward_hook(partial(_after, (tokens.part, _zeros_around(tokens)), refuse=refuse))
-        elif each.role == "attend":
+        elif each.role in ("attend", "dot_product"):  # gathered, which takes more memory than a ring
             each.module.register_forward_pre_hook(partial(_attend, both))
         elif each.role == "join":
             each.module.register_forward_pre_hook(partial(_before, (tokens.whole, tokens.part_of_sum)))

@@ -58,7 +58,7 @@ def parallelize(
        alone needs. Batch norms take their statistics over all data ranks, if they are to.
     4. Move to the device, in the memory format asked for.
     5. Split layers over the ranks of tensor parallelism; share tokens out over those of context parallelism.
-    6. Activation checkpointing of the units.
+    6. Activation checkpointing of the units; of whole stages, where they are traced.
     7. Compile: the whole model of one process; of several, each unit, so that gradients are reduced while the backward
        pass goes on. DeepSpeed, where it is chosen, has the rest inside. Otherwise:
     8. FSDP2 over the plan's units, or DDP for replicas alone. Replicas of split layers and of stages are FSDP2's too,
@@ -70,15 +70,17 @@ def parallelize(
         return parallelize_by_task(task, model, config, mesh, device)
     named, names, shared = _named(task, model, config, mesh), trained(model), ties(model)
     parts = _part(task, model, named.plan, config, mesh, device, example) if mesh.pp > 1 else None
+    traced = parts is not None and parts.traced
+    if traced:
+        _refuse_traced(model, config, mesh)
     if config.precision.batch_norm == "synchronised":
-        _refuse_traced_norms(model, parts)
         synchronise(model, mesh.data_group())
     roots: Sequence[nn.Module] = [model] if parts is None else list(parts.stages.values())
-    named = named.kept_in(model, whole=parts is not None and parts.size > 0)
+    named = named.kept_in(model, whole=traced)
     if blueprint is None:
         model = _placed(model, device, config, mesh)
     _spread(named, config, mesh)
-    checkpoint_units(named.units, config)
+    checkpoint_units(list(roots) if traced else named.units, config)
     if config.precision.compile:
         compile_each((named.units if mesh.environment.world_size > 1 else []) or roots)
     if config.parallel.engine == "deepspeed":
@@ -157,12 +159,19 @@ def _part(
     return part(model, plan, config.parallel, mesh.pp_rank, len(batch), inputs)
 
 
-def _refuse_traced_norms(model: nn.Module, parts: Parts | None) -> None:
-    if parts is not None and parts.size:
-        raise UserError(
-            f"precision.batch_norm is synchronised, and parallel.pp cuts {type(model).__name__} by tracing, which has "
-            "taken its norms in; name the modules that its forward calls in Plan(chain=(...))"
-        )
+def _refuse_traced(model: nn.Module, config: Config, mesh: Mesh) -> None:
+    """A trace has taken in what modules do when they are called, so nothing can be changed about their calls."""
+    wanted = {
+        f"parallel.tp is {mesh.tp}": mesh.tp > 1,
+        f"parallel.cp is {mesh.cp}": mesh.cp > 1,
+        "precision.batch_norm is synchronised": config.precision.batch_norm == "synchronised",
+    }
+    for setting, asked in wanted.items():
+        if asked:
+            raise UserError(
+                f"{setting}, and parallel.pp cuts {type(model).__name__} by tracing, which calls none of its modules; "
+                "name the modules that its forward calls one after another in Plan(chain=(...)), or leave it out"
+            )
 
 
 def _placed(model: nn.Module, device: torch.device, config: Config, mesh: Mesh) -> nn.Module:
@@ -179,7 +188,7 @@ def _spread(named: _Named, config: Config, mesh: Mesh) -> None:
     if named.splits:
         split(named.splits, mesh.tensor_axis(), sequence)
     if mesh.context is not None:
-        share_context(named.roles, mesh.context)
+        share_context(named.roles, mesh.context, config.parallel.cp_attention)
     if sequence:
         share_sequence(named.roles, mesh.tensor_axis())
 
@@ -195,5 +204,5 @@ def _shard(
     for root in roots:
         here = set(root.modules())
         shard(root, self_contained(root, [unit for unit in units if unit in here]), mesh, config)
-    if parts is not None and parts.size:
+    if parts is not None and parts.traced:
         adopt(model, roots)

@@ -98,6 +98,11 @@ def _check_shards(config: Config, degrees: Degrees, world: int) -> None:
             "parallel.offload moves what FSDP2 shards, and this layout shards nothing; set parallel.dp_shard over more "
             "than one rank, or parallel.offload false"
         )
+    if config.precision.reduce != "fp32" and world > 1:
+        raise UserError(
+            f"precision.reduce is {config.precision.reduce}, which is FSDP2's, and this layout shards nothing; set "
+            "parallel.dp_shard, or with replicas alone parallel.compress"
+        )
     if config.parallel.prefetch and world > 1:
         raise UserError(
             f"parallel.prefetch is {config.parallel.prefetch}, and no parameter is sharded that could be gathered "

@@ -45,7 +45,8 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
                 f"{name} of {type(model).__name__} is a scalar, which FSDP2 cannot shard; give it shape [1]"
             )
     compute = COMPUTE.get(config.precision.compute)
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    reduced = torch.bfloat16 if config.precision.reduce == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduced)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.parallel.offload else OffloadPolicy()
     reshard = config.parallel.reshard_after_forward and mesh.pp == 1
     if compute is not None:

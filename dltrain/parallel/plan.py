@@ -28,7 +28,8 @@ class Plan:
     ``tokens`` says what modules of a transformer do with tokens [n, tokens, width], for ranks that keep a part of them
     each (sequence and context parallelism): return all of them, to be dealt out (``deal``); take each by itself, as
     norms do (``each``); hand them to split layers inside (``gather``); let each look at all (``attend``), from queries,
-    keys and values [n, heads, tokens, width]; want all of them (``join``).
+    keys and values [n, heads, tokens, width], or do so by scaled dot products without mask (``dot_product``), whose
+    keys and values may go round a ring of ranks; want all of them (``join``).
 
     ``chain`` is the model's forward as modules called one after another, each on what the one before returned (a tensor
     or a tuple of them), the first on the model's inputs. A pipeline may be cut between any two. Those that are in

@@ -4,15 +4,16 @@ Sequence parallelism (Korthikanti et al., "Reducing Activation Recomputation", 2
 them, what every rank would hold and compute in full, norms and residual sums, is shared out. The sum behind a row layer
 becomes a reduce-scatter, and a gather stands before the next column layers: as many bytes.
 
-Context parallelism shares out the tokens of the whole model: each rank's queries attend to keys and values gathered
-from all. Its ranks are replicas to whoever averages gradients, each having seen other tokens; so the gradient of what
-is joined is that of every rank at once.
+Context parallelism shares out the tokens of the whole model: each rank's queries attend to keys and values of all,
+gathered at once, or one rank's after the other (``ring.py``). Its ranks are replicas to whoever averages gradients,
+each having seen other tokens; so the gradient of what is joined is that of every rank at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 
 from dltrain.errors import UserError, nearest
 from dltrain.parallel.plan import Plan, matching
+from dltrain.parallel.ring import ring_attention, takes
 
-_ROLES = ("deal", "each", "gather", "attend", "join")
+_ROLES = ("deal", "each", "gather", "attend", "dot_product", "join")
 _TOKENS = 1  # of [n, tokens, width]
 _TOKENS_BY_HEADS = 2  # of [n, heads, tokens, width]
 
@@ -54,13 +56,19 @@ def roles_of(model: nn.Module, plan: Plan, setting: str) -> list[Role]:
     return found
 
 
-def share_context(roles: Iterable[Role], group: dist.ProcessGroup) -> None:
-    """Context parallelism, in place: tokens are dealt out, keys and values gathered, tokens joined."""
+def share_context(roles: Iterable[Role], group: dist.ProcessGroup, attention: str) -> None:
+    """Context parallelism, in place: tokens are dealt out, keys and values gathered or passed on, tokens joined.
+
+    ``attention`` is ``parallel.cp_attention``. Raises :class:`UserError` for a ring that a module cannot do.
+    """
     for each in roles:
         if each.role == "deal":
             each.module.register_forward_hook(_Deal(each.name, group))
-        elif each.role == "attend":
-            each.module.register_forward_pre_hook(_Attend(group))
+        elif each.role in ("attend", "dot_product"):
+            if _goes_round(each, attention):
+                each.module.forward = _Ring(each.module.forward, group, required=attention == "ring")
+            else:
+                each.module.register_forward_pre_hook(_Attend(group))
         elif each.role == "join":
             each.module.register_forward_pre_hook(_Join(group))
 
@@ -98,10 +106,43 @@ class _Attend:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, module: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = arguments
         both = gathered(torch.stack([key, value]), 1 + _TOKENS_BY_HEADS, self._group)
         return query, both[0], both[1]
+
+
+def _goes_round(role: Role, attention: str) -> bool:
+    """Whether keys and values are passed on. Raises :class:`UserError` where they must be and cannot."""
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in role.module.modules())
+    if attention != "ring":
+        return attention == "auto" and role.role == "dot_product" and not drops
+    if role.role == "dot_product" and not drops:
+        return True
+    why = (
+        "drops out weights of its sum"
+        if drops
+        else "is not said to be a plain scaled dot product in Plan(tokens={...})"
+    )
+    raise UserError(f"parallel.cp_attention is ring, and {role.name} {why}; take gather")
+
+
+class _Ring:
+    """In place of the forward of a scaled dot product."""
+
+    def __init__(self, forward: Any, group: dist.ProcessGroup, required: bool) -> None:
+        self._forward, self._attend, self._required = forward, _Attend(group), required
+        self._ring = partial(torch.compiler.disable(ring_attention), group=group)  # type: ignore[no-untyped-call]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
+        if takes(query) and (self._required or query.device.type == "cuda"):
+            return self._ring(query, key, value)
+        if self._required:
+            raise UserError(
+                f"parallel.cp_attention is ring, and this GPU has no kernel for queries of {query.dtype} and width "
+                f"{query.shape[-1]}; take precision.compute bf16 and heads of a multiple of 8, or cp_attention gather"
+            )
+        return self._forward(*self._attend(self, (query, key, value)))
 
 
 class _Join:

@@ -84,6 +84,7 @@ def set_numerics(config: Config) -> None:
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(config.run.deterministic)
+    if config.run.deterministic != torch.are_deterministic_algorithms_enabled():  # torch imports its compiler to set it
+        torch.use_deterministic_algorithms(config.run.deterministic)
     torch.set_float32_matmul_precision(config.precision.matmul)
     torch.backends.cudnn.allow_tf32 = config.precision.matmul == "high"

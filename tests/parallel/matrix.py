@@ -71,6 +71,10 @@ LAYOUTS = {
     "fsdp 2 x tp 2, sequence": layout(4, slow=True, dp_shard=2, tp=2, sequence=True),
     "pp 2 x tp 2, sequence, zb-v": layout(4, slow=True, pp=2, tp=2, sequence=True, schedule="zbv_zero_bubble"),
     "cp 2": layout(2, cp=2),
+    "cp 2, ring": layout(2, cp=2, cp_attention="ring"),
+    "cp 3, ring": layout(3, slow=True, cp=3, cp_attention="ring"),
+    "cp 2, ring x tp 2": layout(4, slow=True, cp=2, cp_attention="ring", tp=2),
+    "pp 2 x cp 2, ring": layout(4, slow=True, pp=2, cp=2, cp_attention="ring"),
     "cp 2 x fsdp 2": layout(4, slow=True, cp=2, dp_shard=2),
     "cp 2 x ddp 2": layout(4, slow=True, cp=2, dp_replicate=2),
     "cp 2 x tp 2": layout(4, slow=True, cp=2, tp=2),
@@ -248,6 +252,8 @@ def fits(family: str, name: str) -> bool:
     layout = LAYOUTS[name]
     splits = "parallel.tp" in layout.overrides
     tokens = "parallel.cp" in layout.overrides or "parallel.sequence" in layout.overrides
+    if layout.overrides.get("parallel.cp", 1) == 3:
+        return family == "vit"  # of six tokens, where a PatchTST has eight
     if family in WIDE:
         return layout.ranks <= 4 and not tokens and not (splits and family == "resnet")
     return family in ("vit", "patchtst") or not tokens

@@ -19,6 +19,7 @@ def test_a_recipe_gives_the_scores_of_one_process_under_split_layers(cli: Cli) -
     assert split.result["accuracy"] == pytest.approx(alone.result["accuracy"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_layout(cli: Cli) -> None:
     words = ("train", "timeseries/forecast", "--preset", "co2_patchtst", "--run.name", "mine", "--model.depth", "1")
     words += ("--schedule.warmup", "1st")
@@ -46,3 +47,31 @@ def test_a_model_that_does_not_fit_the_layout_is_refused_before_the_first_step(c
         assert done.status == 2
         assert sentence in done.err
         assert "Traceback" not in done.err
+
+
+OWN = str(Path(__file__).parents[1] / "recipes" / "own_model.py")
+OWN_LAYOUTS = {
+    "without a plan": ("--preset", "auto", "--parallel.pp", "2", "--parallel.dp_shard", "2"),
+    "with ten lines": ("--preset", "planned", "--parallel.pp", "2", "--parallel.tp", "2"),
+    "computed again": ("--preset", "auto", "--parallel.pp", "2", "--parallel.activation_checkpointing", "full"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", OWN_LAYOUTS.values(), ids=OWN_LAYOUTS)
+def test_a_model_of_someone_else_trains_in_stages(cli: Cli, words: tuple[str, ...]) -> None:
+    judged = cli("verify", OWN, *words, "--nproc", "4", "--steps", "5")
+    assert judged.status == 0, judged.out + judged.err
+    assert judged.result["loss"] < 1e-5
+    done = cli("train", OWN, *words, "--nproc", "4", timeout=300)
+    assert done.status == 0, done.err
+    assert done.result["accuracy"] > 0.95
+
+
+@pytest.mark.slow
+def test_a_trace_takes_no_split_layers(cli: Cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "chainless.py"
+    recipe.write_text(Path(OWN).read_text().replace('    chain=("embed", "blocks.*", "head"),\n', ""))
+    done = cli("train", str(recipe), *OWN_LAYOUTS["with ten lines"], "--nproc", "4")
+    assert done.status == 2
+    assert "parallel.tp is 2, and parallel.pp cuts GatedNet by tracing" in done.err

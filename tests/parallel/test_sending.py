@@ -50,11 +50,11 @@ def test_a_small_bucket_is_reduced_before_the_others() -> None:
     assert run_ranks(synchronisations, 2, 2, {"parallel.bucket_mib": 0.0005})[0] > 1
 
 
-def compressed(rank: int, ranks: int, overrides: dict[str, Any]) -> list[Tensor]:
-    """Gradients of the second step after those that send everything."""
+def compressed(rank: int, ranks: int, overrides: dict[str, Any], steps: int = 2) -> list[Tensor]:
+    """Gradients of so many steps after those that send everything."""
     engine = build("vit", rank, ranks, overrides)[2]
     engine.settle(lambda: share_of("vit", 0, rank, ranks))
-    for step in range(2):
+    for step in range(steps):
         engine.forward_backward(share_of("vit", step, rank, ranks), torch.tensor(10.0))
     return [gradient.clone() for _, gradient in engine.gradients()]
 
@@ -62,6 +62,8 @@ def compressed(rank: int, ranks: int, overrides: dict[str, Any]) -> list[Tensor]
 def test_half_precision_is_what_was_sent() -> None:
     for gradient in run_ranks(compressed, 2, 2, {"parallel.compress": "fp16"})[0]:
         assert torch.equal(gradient, gradient.half().float())
+    for gradient in run_ranks(compressed, 2, 2, {"precision.reduce": "bf16", **SHARDED}, 1)[0]:
+        assert torch.equal(gradient, gradient.bfloat16().float())
 
 
 def squares(rank: int, ranks: int, rank_of_products: int) -> list[int]:
@@ -81,6 +83,7 @@ def test_powersgd_sends_products_of_its_rank_from_the_first_step() -> None:
     ("settings", "tolerance"),
     [
         ({"parallel.compress": "fp16"}, 1e-3),
+        ({"precision.reduce": "bf16", "parallel.micro_batch": 2, **SHARDED}, 1e-2),
         pytest.param({"parallel.compress": "powersgd"}, 0.1, marks=pytest.mark.slow),
         pytest.param({"parallel.compress": "powersgd", "parallel.powersgd_rank": 4}, 2e-2, marks=pytest.mark.slow),
         pytest.param({"parallel.compress": "fp16", "parallel.micro_batch": 2}, 1e-3, marks=pytest.mark.slow),

@@ -13,7 +13,8 @@ from dltrain.data.bundled import build
 from tests.conftest import Cli
 
 TRAIN = ("train", "image/classify", "--preset", "digits", "--data.train", "", "--data.evaluation", "")
-SHORT = ("--run.length", "2ep", "--evaluation.every", "2ep", "--logging.progress", "plain", "--run.name", "job")
+TRAIN += ("--evaluation.report", "false", "--logging.tensorboard", "false", "--logging.progress", "plain")
+SHORT = ("--run.length", "1ep", "--schedule.warmup", "0st", "--evaluation.every", "1ep", "--run.name", "job")
 
 
 @pytest.fixture

@@ -33,6 +33,11 @@ class Parts:
     owners: tuple[int, ...]
     size: int = 0
 
+    @property
+    def traced(self) -> bool:
+        """Whether stages are traces, which call none of the model's modules."""
+        return self.size > 0
+
 
 def part(model: nn.Module, plan: Plan, parallel: Parallel, rank: int, samples: int, example: Example) -> Parts:
     """Cut the model, in place, to the stages of ``rank``, so that all cost about the same in a forward pass.
