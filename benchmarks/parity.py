@@ -29,11 +29,18 @@ _LAYOUTS = (
     (2, "--parallel.tp 2"),
     (2, "--parallel.tp 2 --parallel.sequence true"),
     (2, "--parallel.cp 2"),
+    (2, "--parallel.cp 2 --parallel.cp_attention ring"),
     *((2, f"--parallel.pp 2 --parallel.schedule {name}") for name in (
         "gpipe", "1f1b", "looped_bfs", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v"
     )),
     *((2, f"--parallel.engine deepspeed --parallel.deepspeed.stage {stage}") for stage in range(4)),
     (8, "--parallel.pp 2 --parallel.dp_shard 2 --parallel.tp 2"),
+    (8, "--parallel.pp 2 --parallel.cp 2 --parallel.tp 2"),
+    (2, "--parallel.dp_shard 2 --precision.compute bf16"),
+    (2, "--parallel.pp 2 --precision.compute bf16"),
+    (2, "--precision.compute fp16"),
+    (2, "--parallel.dp_shard 2 --precision.reduce bf16 --precision.compute bf16"),
+    (2, "--parallel.dp_shard 2 --precision.float8 true"),
 )  # fmt: skip
 
 CASES = [(VIT, ranks, words) for ranks, words in _LAYOUTS] + [
@@ -46,13 +53,13 @@ _PAGE = RESULTS.parent.parent / "docs" / "parity.md"
 
 _HEAD = """# Parity
 
-Made by `{command}`; change nothing here. Each row is `dltrain verify` of a recipe for {steps} steps in fp32, on
-{hardware} with torch {torch}: largest differences of losses (absolute), of gradient norms (relative) and of the first
-step's gradients (relative to the largest) from one process, and whether all are within 1e-5, norms and gradients within
-three times that. tests/parallel/matrix.py has the cases that tests go through.
+Made by `{command}`; change nothing here. Each row is `dltrain verify` of a recipe for {steps} steps, on {hardware} with
+torch {torch}, in fp32 where nothing else is said: largest differences from one process, of losses (absolute), gradient
+norms (relative) and the first step's gradients (relative to the largest), and whether losses are within the bound,
+norms and gradients within three times that. tests/parallel/matrix.py has the cases that tests go through.
 
-| recipe | ranks | layout | loss | norm | gradient | the same |
-|---|---|---|---|---|---|---|
+| recipe | ranks | layout | loss | norm | gradient | bound | the same |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -84,4 +91,5 @@ def _verified(recipe: str, ranks: int, words: str, steps: int) -> dict[str, Any]
 def _line(row: dict[str, Any]) -> str:
     layout = f"`{row['layout']}`" if row["layout"] else "replicas"
     figures = " | ".join(f"{row[name]:.1e}" for name in ("loss", "norm", "gradient"))
-    return f"| {row['recipe']} | {row['ranks']} | {layout} | {figures} | {'yes' if row['same'] else '**no**'} |"
+    same = "yes" if row["same"] else "**no**"
+    return f"| {row['recipe']} | {row['ranks']} | {layout} | {figures} | {row['tolerance']:g} | {same} |"

@@ -36,6 +36,17 @@ Microseconds added to a step of a small model by the Trainer, median over interl
 |---|---|---|---|---|---|
 """
 
+PARALLEL = """
+## Layouts
+
+CPU time that a layout takes beyond the same layout written by hand in plain PyTorch, of all ranks together: the median
+of the ratios within rounds, both loops in the same processes, in turn; in brackets the quartiles.
+[docs/parity.md](../../docs/parity.md) shows that layouts give the numbers of one process.
+
+| layout | beyond plain PyTorch | plain PyTorch, CPU ms per step | hardware | torch | result |
+|---|---|---|---|---|---|
+"""
+
 DATA = """
 ## Data
 
@@ -67,15 +78,17 @@ def run(request: Request) -> dict[str, Any]:
 
 def render(results: Iterable[tuple[str, dict[str, Any]]]) -> str:
     """The page, from the results by file name."""
-    rows: dict[str, list[str]] = {"data": [], "throughput": [], "trainer_overhead": []}
+    rows: dict[str, list[str]] = {"data": [], "throughput": [], "trainer_overhead": [], "parallel": []}
     for name, result in results:
         if result["benchmark"] == "throughput":
             rows["throughput"] += [_throughput(name, result, model) for model in result["models"]]
         elif result["benchmark"] == "trainer_overhead":
             rows["trainer_overhead"] += [_overhead(name, result, figure) for figure in result["figures"]]
+        elif result["benchmark"] == "parallel":
+            rows["parallel"] += [_layout(name, result, layout) for layout in result["figures"]]
         elif result["benchmark"] == "data":
             rows["data"].append(data_report.section(name, result, _origin(name, result)))
-    heads = {"data": DATA, "throughput": THROUGHPUT, "trainer_overhead": OVERHEAD}
+    heads = {"data": DATA, "throughput": THROUGHPUT, "trainer_overhead": OVERHEAD, "parallel": PARALLEL}
     return HEAD + "".join(heads[kind] + "".join(lines) for kind, lines in rows.items() if lines)
 
 
@@ -103,6 +116,14 @@ def _overhead(name: str, result: dict[str, Any], figure: str) -> str:
         f"{bare['median']:.0f}",
         *_origin(name, result),
     )
+
+
+def _layout(name: str, result: dict[str, Any], layout: str) -> str:
+    measured = result["figures"][layout]
+    ratio, bare = measured["ratio"], measured["bare_cpu_seconds"]
+    median, lower, upper = (f"{ratio[key] - 1:+.1%}" for key in ("median", "lower_quartile", "upper_quartile"))
+    beyond = f"{median} ({lower} to {upper}){_busy(measured)}"
+    return _row(layout, beyond, f"{bare['median'] * 1e3:.0f}", *_origin(name, result))
 
 
 def _origin(name: str, result: dict[str, Any]) -> tuple[str, str, str]:

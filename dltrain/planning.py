@@ -19,6 +19,7 @@ from torch import nn
 
 from dltrain import storage
 from dltrain.config import Config
+from dltrain.config.tree import AUTO
 from dltrain.data.batch import Batch
 from dltrain.data.building.progress import size_text
 from dltrain.errors import UserError
@@ -65,8 +66,7 @@ def show_plan(task: type[Task], config: Config, cluster: Cluster, top: int, give
 
     Settings of ``parallel`` whose names are ``given`` are not to change.
     """
-    if config.parallel.engine != "plain":
-        raise UserError(f"dltrain plan knows parallel.engine plain alone, and it is {config.parallel.engine}")
+    _refuse(config)
     storage.configure(config.storage)
     mine = task(config)
     batch = _samples(mine, config)
@@ -76,7 +76,22 @@ def show_plan(task: type[Task], config: Config, cluster: Cluster, top: int, give
     fitting = sum(each.fits for each in found)
     size = size_text(cluster.memory)
     print(f"{fitting} of {len(found)} layouts fit in {size} a rank; times are estimates, for ranking")
+    if not fitting and config.parallel.activation_checkpointing == "none":
+        print("with --parallel.activation_checkpointing full, or selective, activations take less")
     print(json.dumps(_as_json(found[:top], len(found), fitting, cluster)), flush=True)
+
+
+def _refuse(config: Config) -> None:
+    """What cannot be told without the GPU, its compiler, or DeepSpeed."""
+    parallel = config.parallel
+    if parallel.engine != "plain":
+        raise UserError(f"dltrain plan knows parallel.engine plain alone, and it is {parallel.engine}")
+    if parallel.micro_batch == AUTO:
+        raise UserError("parallel.micro_batch is auto, which the ranks measure; give dltrain plan a number, or 0")
+    if parallel.activation_checkpointing == "budget":
+        raise UserError(
+            "parallel.activation_checkpointing is budget, which the compiler alone can weigh; take full or selective"
+        )
 
 
 def _tell(what: str) -> None:

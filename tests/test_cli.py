@@ -149,6 +149,7 @@ def test_runs_are_listed(cli: Cli, run: Path) -> None:
     assert "accuracy 0." in text
 
 
+@pytest.mark.slow
 def test_the_same_command_runs_twice_and_auto_goes_on_with_the_unfinished_one(cli: Cli, tmp_path: Path) -> None:
     train = ["train", TINY, "--preset", "small"]
     assert cli(*train, "--run.length", "4st").status == 0
@@ -161,6 +162,7 @@ def test_the_same_command_runs_twice_and_auto_goes_on_with_the_unfinished_one(cl
     assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_forecasting_beats_seasonal_naive(cli: Cli, tmp_path: Path) -> None:
     done = cli("train", "timeseries/forecast", "--preset", "co2", "--run.name", "co2")
     assert done.status == 0, done.err

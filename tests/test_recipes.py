@@ -128,6 +128,7 @@ def test_a_run_name_is_the_name_of_one_folder(cli: Cli, tmp_path: Path, name: st
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_mistake_does_not_use_up_the_name_of_a_run(cli: Cli, tmp_path: Path) -> None:
     train = ["train", TINY, "--preset", "small", "--run.name", "x", "--run.length", "4st"]
     assert cli(*train, "--schedule.warmup", "99st").status == 2

@@ -41,7 +41,8 @@ def seen(folder: Path) -> dict[int, dict[int, str]]:
     return steps
 
 
-@pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_killed_at_three_steps_and_resumed_on_three_ranks_ends_with_the_same_bits(
     cli: Cli, tmp_path: Path, layout: str
 ) -> None:
@@ -89,6 +90,7 @@ def test_two_then_one_then_three_ranks_see_exactly_the_remaining_samples(cli: Cl
     assert whole == elastic
 
 
+@pytest.mark.slow
 def test_a_changed_batch_size_continues_the_same_sequence(cli: Cli, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     trace.mkdir()
@@ -158,6 +160,7 @@ def test_a_run_with_a_ragged_tail_resumes_exactly(cli: Cli, tmp_path: Path, tail
     assert_same_bits(last_tensors(tmp_path / "runs" / "whole"), last_tensors(tmp_path / "runs" / "broken"))
 
 
+@pytest.mark.slow
 def test_a_stop_at_an_evaluation_leaves_it_to_the_resumed_run(cli: Cli, tmp_path: Path) -> None:
     settings = ["train", TINY, "--preset", "small", "--run.resume", "auto", "--run.name"]
     assert cli(*settings, "whole").status == 0

@@ -212,6 +212,8 @@ class Precision(Section):
 
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 and fp16 keep fp32 master weights and fp32 gradient reduction; fp16 scales losses, as GradScaler does."""
+    float8: bool = False
+    """Linear layers inside the plan's units multiply in float8, by torchao: Hopper and newer; emulated on a CPU."""
     reduce: Literal["fp32", "bf16"] = "fp32"
     """FSDP2: number format in which gradients are added up, of micro-batches and of ranks. bf16 sends and holds half
     the bytes, and rounds every sum."""
@@ -255,8 +257,8 @@ class Parallel(Section):
     """Free gathered parameters after the forward pass (ZeRO-3) or keep them for the backward pass (ZeRO-2)."""
     micro_batch: MicroBatch = Field(default=0, ge=AUTO)
     """Most samples per rank in one forward pass; gradients accumulate over the rest. 0 takes all at once, and in a
-    pipeline as many micro-batches as it has stages, at least twice `pp`. 'auto' tries, before the run, what every rank
-    has the memory for (one process and DDP)."""
+    pipeline as many micro-batches as it has stages, at least twice `pp`. 'auto' measures, before the run, what every
+    rank has the GPU memory for."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
     offload: bool = False

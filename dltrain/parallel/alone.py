@@ -24,12 +24,16 @@ _TOKENS = 1  # of [n, tokens, width]
 
 @dataclass(frozen=True)
 class Shares:
-    """Into how many parts a rank's layers and tokens are cut; ``cast``: FSDP2 casts weights to bf16, not autocast."""
+    """Into how many parts a rank's layers and tokens are cut; ``cast``: FSDP2 casts weights to bf16, not autocast.
+
+    ``again`` is full or selective where units compute their activations again.
+    """
 
     tp: int = 1
     cp: int = 1
     sequence: bool = False
     cast: bool = False
+    again: str = ""
 
 
 Move = Callable[[Tensor], Tensor]

@@ -20,6 +20,7 @@ from dltrain.parallel.checkpointing import checkpoint_units
 from dltrain.parallel.compiling import compile_each
 from dltrain.parallel.data import replicate, shard
 from dltrain.parallel.deepspeed.engine import DeepSpeedEngine, deepspeed_engine
+from dltrain.parallel.float8 import multiply_in_float8
 from dltrain.parallel.forward import inputs_of
 from dltrain.parallel.meta import Blueprint, built_on_meta
 from dltrain.parallel.own import brings_its_own, parallelize_by_task
@@ -53,7 +54,7 @@ def parallelize(
     1. Build on the CPU under the run's seed, and fill in ``weights`` that were trained before: the same on every rank,
        whatever the layout; or without memory, to be filled after step 8. What is frozen is so from here on. A task that
        spreads its model by itself does so now, instead of what follows.
-    2. Find what the plan names, in the whole model.
+    2. Find what the plan names, in the whole model; its linear layers multiply in float8, if they are to.
     3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``, which a pipeline
        alone needs. Batch norms take their statistics over all data ranks, if they are to.
     4. Move to the device, in the memory format asked for.
@@ -68,7 +69,7 @@ def parallelize(
     model, blueprint = _built(task, config, weights)
     if brings_its_own(task) and mesh.devices is not None:
         return parallelize_by_task(task, model, config, mesh, device)
-    named, names, shared = _named(task, model, config, mesh), trained(model), ties(model)
+    named, names, shared = _named(task, model, config, mesh, device), trained(model), ties(model)
     parts = _part(task, model, named.plan, config, mesh, device, example) if mesh.pp > 1 else None
     traced = parts is not None and parts.traced
     if traced:
@@ -134,8 +135,10 @@ def _built(task: Task, config: Config, weights: Weights | None) -> tuple[nn.Modu
     return model, blueprint
 
 
-def _named(task: Task, model: nn.Module, config: Config, mesh: Mesh) -> _Named:
+def _named(task: Task, model: nn.Module, config: Config, mesh: Mesh, device: torch.device) -> _Named:
     plan = task.plan() or Plan.auto(model)
+    if config.precision.float8:
+        multiply_in_float8(plan.modules(model), device)
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
     refuse_split_ties(model, splits)
     sequence = config.parallel.sequence and mesh.tp > 1

@@ -68,10 +68,15 @@ def checkpoint_units(units: Sequence[nn.Module], config: Config) -> None:
             f"parallel.activation_checkpointing {kind} computes units of the plan again, and the plan has none; name "
             "them in Plan(units=(...))"
         )
+    compute_again(units, kind, config.precision.compile)
+
+
+def compute_again(units: Sequence[nn.Module], kind: str, compiled: bool = False) -> None:
+    """``full`` or ``selective`` checkpointing of each of ``units`` that is not inside of another, in place."""
     inside = {child for unit in units for child in unit.modules() if child is not unit}
     for unit in units:
         if unit not in inside:
-            unit.forward = _wrapped(unit, kind, config.precision.compile)
+            unit.forward = _wrapped(unit, kind, compiled)
 
 
 def _wrapped(unit: nn.Module, kind: str, compiled: bool) -> Any:

@@ -29,7 +29,7 @@ def check_layout(config: Config, environment: Environment, batch: bool = True) -
     _check_tokens(config, degrees)
     if config.parallel.engine == "deepspeed":
         _check_deepspeed(config)
-    _check_passes(config, degrees)
+    check_passes(config, degrees)
     _check_shards(config, degrees, environment.world_size)
     if environment.world_size > 1:  # one process alone has nobody to send to, and a recipe may say how
         _check_replicas(config, degrees)
@@ -53,6 +53,7 @@ def _check_deepspeed(config: Config) -> None:
     asked = {
         "optim.ema": config.optim.ema,
         "run.check_every": config.run.check_every,
+        "precision.float8": config.precision.float8,
         "precision.compute fp16": config.precision.compute == "fp16",
         "parallel.micro_batch auto": config.parallel.micro_batch == AUTO,
     }
@@ -61,14 +62,16 @@ def _check_deepspeed(config: Config) -> None:
             raise UserError(f"{name} does not go with parallel.engine deepspeed; leave it out, or take engine plain")
 
 
-def _check_passes(config: Config, degrees: Degrees) -> None:
-    """How a batch goes forward and backward: in micro-batches, compiled, with activations computed again."""
+def check_passes(config: Config, degrees: Degrees) -> None:
+    """How a batch goes forward and backward: in micro-batches, compiled, with activations computed again.
+
+    Raises :class:`UserError`.
+    """
     parallel, again = config.parallel, config.parallel.activation_checkpointing
-    if parallel.micro_batch == AUTO and max(degrees.dp_shard, degrees.cp, degrees.tp, degrees.pp) > 1:
+    if parallel.micro_batch == AUTO and degrees.pp > 1:
         raise UserError(
-            "parallel.micro_batch is auto, which is tried by passes that may fail on one rank alone, while with "
-            "parallel.dp_shard, cp, tp or pp the others would wait in it for that rank; give a number, or train with "
-            "replicas alone"
+            "parallel.micro_batch is auto, and in a pipeline it also says in how many micro-batches stages take turns; "
+            "give a number, or 0 for what its schedule wants"
         )
     if again == "budget" and not config.precision.compile:
         raise UserError(

@@ -13,6 +13,7 @@ Time is an estimate for ranking layouts, not a promise. It takes for granted tha
   ``LAUNCH`` for each of its kernels, whatever is longest;
 - a ring sends 2 (n - 1) / n of the bytes for an all-reduce, (n - 1) / n for a gather or a scatter, at ``LINK`` of the
   bandwidth: of the node where the group fits in one, of the network otherwise; each call costs ``LATENCY``;
+- `full` checkpointing makes the products of a forward pass once more, `selective` none;
 - DDP's sums hide behind the backward pass, FSDP2's gathers and sums behind both passes; what is longer shows. In a
   pipeline they do not hide: gradients are summed behind the last piece. Sums of split layers, tokens' gathers and one
   piece's way through the pipeline always show;
@@ -22,7 +23,7 @@ Time is an estimate for ranking layouts, not a promise. It takes for granted tha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,8 +31,10 @@ from torch import Tensor, nn
 
 from dltrain.config import Config, Parallel
 from dltrain.data.batch import Batch
+from dltrain.degrees import Degrees
 from dltrain.errors import UserError
 from dltrain.parallel.alone import Shares
+from dltrain.parallel.checks import check_passes
 from dltrain.parallel.devices import Device
 from dltrain.parallel.forward import inputs_of
 from dltrain.parallel.layouts import layouts
@@ -54,6 +57,9 @@ LAUNCH = 5e-6
 """Seconds between the starts of two kernels, which small models and small pieces wait for."""
 LATENCY = 2e-5
 """Seconds of a collective beside its bytes."""
+
+_AGAIN = {"full": 4 / 3, "selective": 1.0}
+"""Products of a step, when units compute their activations again; selective keeps those of products."""
 
 _PASSES = {"F": 1 / 3, "B": 2 / 3, "I": 1 / 3, "W": 1 / 3}
 
@@ -129,7 +135,10 @@ class Study:
     def estimate(self, parallel: Parallel, cluster: Cluster) -> Estimate:
         """Of one layout. Raises :class:`UserError` where the model or the batch does not allow it."""
         samples = self._samples(parallel)
-        shares = Shares(parallel.tp, parallel.cp, parallel.sequence, self._keeping(parallel).shards > 0)
+        check_passes(self._config.replace(parallel=parallel), _degrees(parallel))
+        kind = parallel.activation_checkpointing
+        again = kind if kind in _AGAIN else ""
+        shares = Shares(parallel.tp, parallel.cp, parallel.sequence, self._keeping(parallel).shards > 0, again)
         rehearsed = self._rehearse(shares)
         work = (self._pipeline if parallel.pp > 1 else self._plain)(parallel, rehearsed, samples, cluster)
         seconds, sent = self._data_parallel(parallel, work, cluster)
@@ -147,12 +156,12 @@ class Study:
         return -(-whole // ranks)
 
     def _keeping(self, parallel: Parallel) -> Keeping:
-        reduced = parallel.dp_replicate * parallel.dp_shard * parallel.cp
-        sharded = parallel.dp_shard > 1 or (reduced > 1 and parallel.tp * parallel.pp > 1)
+        degrees = _degrees(parallel)
+        sharded = degrees.is_sharded
         optim = self._config.optim
         return Keeping(
             shards=parallel.dp_shard * parallel.cp if sharded else 0,
-            ddp=not sharded and reduced > 1,
+            ddp=not sharded and degrees.reduced_ranks > 1,
             stay=not parallel.reshard_after_forward or parallel.pp > 1,
             itemsize=2 if sharded and self._config.precision.compute == "bf16" else 4,
             states=2 if optim.name == "adamw" else int(optim.momentum > 0),
@@ -160,7 +169,7 @@ class Study:
 
     def _rehearse(self, shares: Shares) -> Rehearsed:
         if shares.cast and self._config.precision.compute != "bf16":
-            shares = Shares(shares.tp, shares.cp, shares.sequence)
+            shares = replace(shares, cast=False)
         if shares not in self._rehearsed:
             self._tell(f"rehearsing tp {shares.tp}, cp {shares.cp}{', sequence' if shares.sequence else ''}")
             self._rehearsed[shares] = rehearse(
@@ -191,6 +200,7 @@ class Study:
 
     def _seconds(self, flops: float, moved: float, kernels: float, parallel: Parallel, device: Device) -> float:
         peak = device.peak(self._config.precision.compute, self._config.precision.matmul)
+        flops *= _AGAIN.get(parallel.activation_checkpointing, 1.0)
         products = flops / (parallel.tp * parallel.cp) / (EFFICIENCY * peak)
         return max(products, moved / device.bandwidth, kernels * LAUNCH)
 
@@ -291,3 +301,7 @@ def _most(schedule: Schedule, by_stage: Sequence[float]) -> float:
 
 def _bytes(value: Tensor) -> int:
     return value.numel() * value.element_size()
+
+
+def _degrees(parallel: Parallel) -> Degrees:
+    return Degrees(parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.cp, parallel.tp)

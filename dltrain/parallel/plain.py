@@ -103,11 +103,13 @@ class PlainEngine(Updating):
         say(self._mesh.environment, f"{told}, which every rank has the memory for")
 
     def _attempt(self, batch: Batch, samples: int) -> None:
-        """Two passes through the bare model, the second beside the gradients of the first."""
+        """What a step does in micro-batches of so many samples, but the last: a pass, and one beside its gradients."""
+        passes = 2 if samples < len(batch) else 1
         try:
-            for _ in range(2):
+            for number in range(passes):
                 piece = next(batch.split(samples)).to(self.device)
-                torch.dot(self._losses(piece, self.model)[1], piece.weight).backward()  # type: ignore[no-untyped-call]
+                with self._synchronised(number == passes - 1):
+                    torch.dot(self._losses(piece, self.model)[1], piece.weight).backward()  # type: ignore[no-untyped-call]
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dltrain.config import Precision
 from dltrain.data.batch import Batch
 from dltrain.parallel.alone import Shares, share_out
+from dltrain.parallel.checkpointing import compute_again
 from dltrain.parallel.forward import inputs_of, losses_of
 from dltrain.parallel.live import Kernels, Live, Log, Mark
 from dltrain.parallel.plan import Plan
@@ -102,10 +103,20 @@ def rehearse(
     if shares.cast and precision.compute == "bf16":
         _cast(twin)
     low = precision.compute == "bf16" and not shares.cast
+    if shares.again:
+        units = plan.modules(twin)
+        for unit in units:  # what is computed again takes the same kernels
+            unit.forward = partial(_with_kernels, low, unit.forward)
+        compute_again(units, shares.again)
     _watch(twin, dict.fromkeys((*plan.found(model), *names)), log)
     few, many = (_passed(task, twin, precision, on_meta(batch, size), low, log) for size in SIZES)
     assert [mark.name for mark in few] == [mark.name for mark in many]
     return Rehearsed(weights, few, many, log.sums // len(SIZES))
+
+
+def _with_kernels(low: bool, forward: Any, *values: Any, **named: Any) -> Any:
+    with Kernels(low):
+        return forward(*values, **named)
 
 
 def on_meta(batch: Batch, samples: int) -> Batch:

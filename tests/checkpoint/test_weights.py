@@ -76,6 +76,7 @@ def test_what_cannot_be_read_is_told_in_a_sentence(s3: S3Server, tmp_path: Path)
         open_tensors("s3://data/nothing.pt", ALONE)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_run_and_goes_on_from_its_own_checkpoint(cli: Cli, tmp_path: Path) -> None:
     quick = ("--preset", "small", "--evaluation.every", "0st", "--run.threads", "1")
     first = cli("train", TINY, *quick, "--run.length", "4st", "--run.name", "first")

@@ -248,6 +248,7 @@ with log.open("a") as file:
 """
 
 
+@pytest.mark.slow
 def test_two_nodes_on_one_cache_with_one_killed_again_and_again(server: FaultyS3, tmp_path: Path) -> None:
     server.set(Faults(latency=0.02, bandwidth=5e6))
     chance = random.Random(1)

@@ -166,6 +166,7 @@ def stuck(sample: Sample, random: np.random.Generator | None) -> dict[str, np.nd
     return number(sample, random)
 
 
+@pytest.mark.slow
 def test_workers_that_hang_do_not_keep_the_process(url: str) -> None:
     dataset = open_dataset(url)
     order = Order(dataset.shard_sizes, shuffle=False, lanes=1)

@@ -97,7 +97,13 @@ def one_process() -> tuple[list[float], list[float], dict[str, Tensor]]:
     return run_ranks(train, 1, 1, {})[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+ALSO_IN_THE_MATRIX = ("fsdp x2", "zero-2 x2", "hsdp 2x2", "fsdp x2, micro-batches")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow if name in ALSO_IN_THE_MATRIX else ()) for name in LAYOUTS],
+)
 def test_a_layout_gives_the_numbers_of_one_process(layout: str, one_process: Any) -> None:
     ranks, overrides = LAYOUTS[layout]
     losses, norms, weights = one_process

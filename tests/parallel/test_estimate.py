@@ -61,6 +61,11 @@ MEASURED = {
     "pp 2 x fsdp 2": LAYOUTS["pp 2 x fsdp 2"],
     "pp 2 x replicas 2": LAYOUTS["pp 2 x replicas 2"],
     "pp 2 x tp 2": LAYOUTS["pp 2 x tp 2"],
+    "one process, full": layout(1, activation_checkpointing="full"),
+    "fsdp 2, full": layout(2, dp_shard=2, activation_checkpointing="full"),
+    "fsdp 2, selective": layout(2, dp_shard=2, activation_checkpointing="selective"),
+    "tp 2, full": layout(2, tp=2, activation_checkpointing="full"),
+    "pp 2, 1f1b, full": layout(2, pp=2, activation_checkpointing="full"),
 }
 
 

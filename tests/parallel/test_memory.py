@@ -13,7 +13,7 @@ from dltrain.data.batch import Batch
 from dltrain.errors import UserError
 from dltrain.optim.optimizer import skips_by_itself
 from dltrain.testing.ranks import run_ranks
-from tests.parallel.matrix import HALF, LAYOUTS, build, train
+from tests.parallel.matrix import HALF, LAYOUTS, train
 from tests.parallel.test_engine import Regression, engine_for
 
 OFFLOAD = {"parallel.offload": True}
@@ -41,11 +41,6 @@ def test_an_offloaded_run_goes_on_from_a_checkpoint_of_one_that_was_not(tmp_path
     run_ranks(train, 2, 2, "vit", sharded, "", str(tmp_path), HALF)
     for found in run_ranks(train, 2, 2, "vit", {**sharded, **OFFLOAD, "parallel.meta": True}, str(tmp_path)):
         assert found.losses == pytest.approx(expected.losses[HALF:], abs=1e-5)
-
-
-def test_there_is_nothing_to_offload_without_shards() -> None:
-    with pytest.raises(UserError, match=r"this layout shards nothing; set parallel\.dp_shard"):
-        build("vit", 0, 1, OFFLOAD)
 
 
 class Small(Regression):

@@ -16,20 +16,16 @@ DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is 
 ZERO = ("image/classify", "--preset", "vit-tiny", "--parallel.engine", "deepspeed", "--parallel.deepspeed.stage", "3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
-        ("image/classify", "--preset", "vit-tiny", "--nproc", "2", "--parallel.tp", "2"),
-        pytest.param(("image/classify", "--preset", "digits", "--nproc", "2"), marks=pytest.mark.slow),
-        pytest.param(
-            ("timeseries/forecast", "--preset", "co2-patchtst", "--nproc", "2", "--parallel.dp_shard", "2"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ZERO, marks=[pytest.mark.slow, pytest.mark.skipif(not find_spec("deepspeed"), reason="no deepspeed")]
-        ),
+        ("image/classify", "--preset", "vit-tiny", "--nproc", "4", "--parallel.tp", "2", "--parallel.dp_shard", "2"),
+        ("image/classify", "--preset", "digits", "--nproc", "2"),
+        ("timeseries/forecast", "--preset", "co2-patchtst", "--nproc", "2", "--parallel.dp_shard", "2"),
+        pytest.param(ZERO, marks=DEEPSPEED),
     ],
-    ids=["tp 2", "ddp 2, dropout and batch norm", "fsdp 2", "deepspeed zero-3"],
+    ids=["fsdp 2 x tp 2", "ddp 2, dropout and batch norm", "fsdp 2", "deepspeed zero-3"],
 )
 def test_layouts_of_our_recipes_are_the_same(cli: Cli, words: tuple[str, ...], tmp_path: Path) -> None:
     done = cli("verify", *words, "--steps", "4")
