@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -29,6 +29,7 @@ from dltrain.job_data import Place, open_data, train_loader
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.checks import check_layout
+from dltrain.parallel.gradients import whole
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.process_group import joined
 from dltrain.task import Task
@@ -43,28 +44,37 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 
 @dataclass(frozen=True)
 class Recorded:
-    """Of every step the loss and the gradient norm; of the first step the gradients, whole, by parameter."""
+    """Of every step the loss and the gradient norm; of the first step the gradients, of the last the weights and
+    buffers, whole, by name."""
 
     losses: list[float]
     norms: list[float]
     gradients: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest differences: of losses; of norms, relative; of gradients, in units of the largest gradient.
+    """The largest differences: of losses; of norms, relative; of gradients, in units of the largest gradient; and of
+    weights, for show: AdamW makes steps of rounding where a gradient should be zero.
 
-    ``parameter`` is the first, in the order of the model, whose gradient departs furthest.
+    ``parameter`` is the first, in the order of the model, whose gradient departs furthest; ``by_parameter`` has all.
     """
 
     loss: float
     norm: float
     gradient: float
     parameter: str
+    weight: float
+    by_parameter: dict[str, float]
 
     def within(self, tolerance: float) -> bool:
         """Whether losses are, and norms and gradients, which are sums of more and relative, within three times it."""
         return self.loss <= tolerance and self.norm <= 3 * tolerance and self.gradient <= 3 * tolerance
+
+    def first(self, tolerance: float) -> str:
+        """The first parameter, in the order of the model, whose gradient is not within; empty where all are."""
+        return next((name for name, apart in self.by_parameter.items() if not apart <= 3 * tolerance), "")
 
 
 def record_steps(task: type[Task], config: Config, environment: Environment, folder: Path, steps: int) -> None:
@@ -84,16 +94,19 @@ def record_steps(task: type[Task], config: Config, environment: Environment, fol
         engine = parallelize(still, config, mesh, device, loader.peek, starting_weights(config, environment))
         seen = _Recorder()
         Trainer(config, still, engine, loader, hooks=[seen], random_stream=mesh.random_stream).fit()
+        weights = {name: whole(value).cpu() for name, value in engine.state_dict()["model"].items()}
         if mesh.first_of_part:
-            parts = {"losses": seen.losses, "norms": seen.norms, "gradients": seen.gradients}
+            parts = {"losses": seen.losses, "norms": seen.norms, "gradients": seen.gradients, "weights": weights}
             torch.save(parts, folder / _FILE.format(mesh.pp_rank))
 
 
 def read(folder: Path) -> Recorded:
     """What :func:`record_steps` left in ``folder``."""
     parts = [torch.load(file, weights_only=True) for file in sorted(folder.glob(_FILE.format("*")))]
-    gradients = {name: gradient for part in parts for name, gradient in part["gradients"].items()}
-    return Recorded(parts[0]["losses"], parts[0]["norms"], gradients)
+    gradients, weights = (
+        {name: value for part in parts for name, value in part[kind].items()} for kind in ("gradients", "weights")
+    )
+    return Recorded(parts[0]["losses"], parts[0]["norms"], gradients, weights)
 
 
 def compare(reference: Recorded, found: Recorded) -> Difference:
@@ -104,13 +117,20 @@ def compare(reference: Recorded, found: Recorded) -> Difference:
         for name, gradient in reference.gradients.items()
     }
     worst = max(apart, key=lambda name: math.inf if math.isnan(apart[name]) else apart[name])
+    weights = [_apart(weight, found.weights.get(name)) for name, weight in reference.weights.items()]
     pairs = list(zip(reference.norms, found.norms, strict=True))
     return Difference(
         loss=_largest([abs(a - b) for a, b in zip(reference.losses, found.losses, strict=True)]),
         norm=_largest([abs(a - b) / max(abs(a), 1e-12) for a, b in pairs]),
         gradient=apart[worst],
         parameter=worst,
+        weight=_largest(weights or [0.0]),
+        by_parameter=apart,
     )
+
+
+def _apart(one: Tensor, other: Tensor | None) -> float:
+    return math.inf if other is None else float((one.double() - other.double()).abs().max())
 
 
 def _largest(values: list[float]) -> float:

@@ -11,9 +11,12 @@ from typing import Any
 
 from dltrain.cli.main import Parser
 from dltrain.config import Config, split_arguments
+from dltrain.config.tree import AUTO
+from dltrain.degrees import degrees_of
 from dltrain.errors import UserError
+from dltrain.parallel.pipeline.schedule import micro_batches, stages_per_rank
 from dltrain.recipes import declarations, find, recipe_name
-from dltrain.runtime.environment import cores
+from dltrain.runtime.environment import Environment, cores
 from dltrain.runtime.launch import RECIPE, launch
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2, "float8": 5e-2}
@@ -46,6 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     threads = config.run.threads or max(1, cores() // known.nproc)
     whole = {"run.threads": threads, **overrides}
     alone = {name: value for name, value in whole.items() if not name.startswith("parallel.deepspeed.")} | _ONE_PROCESS
+    alone["parallel.micro_batch"] = _micro_batch(config, known.nproc)
     with tempfile.TemporaryDirectory(prefix="dltrain-verify-") as folder:
         for name, settings, ranks in (("layout", whole, known.nproc), ("alone", alone, 1)):  # its refusals first
             place = Path(folder) / name
@@ -58,6 +62,19 @@ def run(arguments: Sequence[str]) -> int:
         return _judge(Path(folder), config, known)
 
 
+def _micro_batch(config: Config, ranks: int) -> int | str:
+    """Of one process that cuts a batch into as many micro-batches as the ranks do."""
+    parallel, degrees = config.parallel, degrees_of(config.parallel, Environment(0, ranks, 0, ranks))
+    if parallel.micro_batch == AUTO:
+        return "auto"
+    size = parallel.micro_batch
+    if degrees.pp > 1:
+        stages = degrees.pp * (parallel.stages_per_rank or stages_per_rank(parallel.schedule))
+        samples = -(-config.data.global_batch_size // degrees.data_ranks)
+        size = micro_batches(samples, size, stages, degrees.pp)[1]
+    return size * degrees.data_ranks
+
+
 def _judge(folder: Path, config: Config, known: Any) -> int:
     from dltrain.verification import compare, read  # imports torch
 
@@ -68,7 +85,9 @@ def _judge(folder: Path, config: Config, known: Any) -> int:
     print(f"  loss           {difference.loss:.1e}")
     print(f"  gradient norm  {difference.norm:.1e}, relative")
     print(f"  gradient       {difference.gradient:.1e} of the largest, at {difference.parameter}")
-    print(f"  {'the same' if same else 'NOT THE SAME'} within {tolerance:g}")
-    parts = {name: getattr(difference, name) for name in ("loss", "norm", "gradient", "parameter")}
+    print(f"  weight         {difference.weight:.1e} after the last step, for show")
+    first = difference.first(tolerance)
+    print(f"  {'the same' if same else 'NOT THE SAME'} within {tolerance:g}" + (f"; first at {first}" if first else ""))
+    parts = {name: getattr(difference, name) for name in ("loss", "norm", "gradient", "parameter", "weight")}
     print(json.dumps({"same": same, "tolerance": tolerance, **parts}), flush=True)
     return 0 if same else 1

@@ -128,6 +128,10 @@ class NodeCache:
                     return None
                 if not self._is(part, self._part(item)):
                     continue  # its former holder finished, or was evicted: look again
+                found = self.find(item)
+                if found is not None:  # finished between the first look and the claim of a new part
+                    self._part(item).unlink()
+                    return found
                 if not self._admit(item, part, victims, wait):
                     self._part(item).unlink()
                     return None

@@ -51,7 +51,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Conf
     reshard = config.parallel.reshard_after_forward and mesh.pp == 1
     if compute is not None:
         _keep_batch_norm_in_fp32(model, mesh, compute, offload)
-    for unit in units:
+    for unit in [unit for unit in units if not isinstance(unit, FSDPModule)]:  # a norm may be a unit of the plan
         fully_shard(
             unit,
             mesh=mesh.shard_axes(),

@@ -171,6 +171,31 @@ def test_a_busy_shard_is_left_to_its_process_or_waited_for(tmp_path: Path) -> No
     assert cache.holds(item(0))
 
 
+def test_what_another_finished_after_the_first_look_is_not_fetched_again(tmp_path: Path) -> None:
+    other = NodeCache(tmp_path, 10 * SIZE)
+
+    class Late(NodeCache):
+        """Its first look comes just before another process is done."""
+
+        looks = 0
+
+        def find(self, wanted: Item) -> int | None:
+            found = super().find(wanted)
+            self.looks += 1
+            if self.looks == 1:
+                assert put(other, 1)
+            return found
+
+    def fill(view: memoryview) -> None:
+        raise AssertionError("it is there")
+
+    handle = Late(tmp_path, 10 * SIZE).fetch(item(1), fill)
+    assert handle is not None
+    assert os.pread(handle, SIZE, 0) == content(1)
+    os.close(handle)
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_a_child_forked_during_a_download_does_not_keep_its_lock(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 3 * SIZE)
     children = []

@@ -150,8 +150,15 @@ class Normed(Regression):
         return nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.BatchNorm1d(8), nn.ReLU()), nn.Linear(8, 4))
 
 
-def normed_losses(rank: int, ranks: int, overrides: dict[str, Any]) -> list[float]:
-    engine, readings, losses = engine_for(rank, ranks, overrides, Normed), Readings(torch.device("cpu")), []
+class NormedAsAUnit(Regression):
+    """The same, where structure makes the norm a unit of its own."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def normed_losses(rank: int, ranks: int, overrides: dict[str, Any], task: type[Regression] = Normed) -> list[float]:
+    engine, readings, losses = engine_for(rank, ranks, overrides, task), Readings(torch.device("cpu")), []
     for step in range(STEPS):
         batch = share_of(step, rank, ranks)
         count = readings.reduce(torch.dot(engine._task.count(batch), batch.weight), Request(0))
@@ -180,6 +187,12 @@ def statistics_after_nan(rank: int, ranks: int, overrides: dict[str, Any]) -> bo
         engine.forward_backward(batch, torch.tensor(10.0))
         engine.step(0.01, 0.5)
     return all(bool(buffer.isfinite().all()) for buffer in engine.model.buffers())
+
+
+@pytest.mark.parametrize("compute", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_a_norm_may_be_a_unit(compute: str) -> None:
+    overrides = {"precision.compute": compute, "parallel.dp_shard": 2}
+    assert run_ranks(normed_losses, 2, 2, overrides, NormedAsAUnit) == run_ranks(normed_losses, 2, 2, overrides)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -33,12 +33,13 @@ def test_layers_of_fitting_sizes_inside_of_units_are_replaced_and_keep_their_wei
     assert found["head.classify" if "head.classify" in found else list(found)[-1]] == "Linear"
 
 
-def test_products_are_near_those_of_float32() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_products_are_near_those_of_float32(device: str) -> None:
     torch.manual_seed(0)
-    unit = nn.Sequential(nn.Linear(64, 32))
-    values = torch.randn(16, 64)
+    unit = nn.Sequential(nn.Linear(64, 32)).to(device)
+    values = torch.randn(16, 64, device=device)
     expected = unit(values)
-    multiply_in_float8([unit], CPU)
+    multiply_in_float8([unit], torch.device(device))
     off = (unit(values) - expected).norm() / expected.norm()
     assert 1e-3 < off < 0.05  # three bits of mantissa
 

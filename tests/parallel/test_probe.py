@@ -57,6 +57,19 @@ def test_no_pass_takes_more_than_there_is_and_the_last_is_nearly_the_largest(
     assert len(tries) <= 60
 
 
+@pytest.mark.gpu
+def test_a_gpu_s_memory_is_filled_and_not_overfilled() -> None:
+    device, unit = torch.device("cuda"), 1 << 28
+    torch.zeros(1, device=device)
+    free, _ = torch.cuda.mem_get_info(device)
+
+    def passes(samples: int) -> None:
+        torch.empty(samples * unit, dtype=torch.uint8, device=device)
+
+    found = largest(10_000, lambda samples: probe.measured(lambda: passes(samples), device).promises(samples))
+    assert 0.85 * free < found * unit <= free
+
+
 class Hungry(Normed):
     """Passes take memory by the sample, on each rank as much as it has a number for."""
 

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from dltrain.errors import UserError
 from dltrain.models.transformer import DotProduct
+from dltrain.parallel import ring
 from dltrain.parallel.ring import ring_attention
 from dltrain.parallel.tokens import Role, share_context
 from dltrain.testing.ranks import run_ranks
+from tests.conftest import Cli
 
 TOKENS = 6  # of each rank
 
@@ -50,6 +52,40 @@ def test_each_rank_has_its_part_of_the_whole(ranks: int, dtype: torch.dtype, tol
     for place, what in enumerate(expected):
         together = torch.cat([parts[place].float() for parts in found], 2)
         assert (together - what).abs().max() <= tolerance * what.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    [("cpu", torch.float32, 1e-6), pytest.param("cuda", torch.bfloat16, 2e-2, marks=pytest.mark.gpu)],
+)
+def test_attention_to_halves_of_the_tokens_adds_up(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """What the kernels of a device return, without a rank to send to."""
+    query, key, value, gradient = (drawn(seed, 2, dtype).to(device) for seed in range(4))
+    whole = [each.float().requires_grad_() for each in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*whole)
+    expected.backward(gradient.float())
+    halves = list(zip(key.chunk(2, 2), value.chunk(2, 2), strict=True))
+    assert ring.takes(query)
+    (one, sums, *random), (two, more, *_) = (ring._attend(query, *half) for half in halves)
+    out, total = ring._merged(one.float(), sums, two, more)
+    out = out.to(dtype)
+    parts = [ring._attend_backward(gradient, query, *half, out, total, random) for half in halves]
+    found = [
+        out,
+        parts[0][0].float() + parts[1][0].float(),
+        *(torch.cat([part[place] for part in parts], 2) for place in (1, 2)),
+    ]
+    for mine, wanted in zip(found, [expected.detach(), *(each.grad for each in whole)], strict=True):
+        assert wanted is not None
+        assert (mine.float() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_ring_of_gpus_gives_the_numbers_of_one(cli: Cli) -> None:
+    words = ("verify", "image/classify", "--preset", "vit-tiny", "--nproc", "2", "--steps", "4")
+    done = cli(*words, "--parallel.cp", "2", "--parallel.cp_attention", "ring", "--precision.compute", "bf16")
+    assert done.status == 0, done.out + done.err
 
 
 def refused(rank: int, ranks: int) -> list[str]:
