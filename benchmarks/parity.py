@@ -83,7 +83,7 @@ def run(request: Request) -> dict[str, Any]:
 def _verified(recipe: str, ranks: int, words: str, steps: int) -> dict[str, Any]:
     command = f"{recipe} --nproc {ranks} --steps {steps} --run.device cpu {words}".split()
     done = subprocess.run([sys.executable, "-m", "dltrain", "verify", *command], capture_output=True, text=True)
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1) or not done.stdout:  # 1 is also a rank's own failure
         raise UserError(f"dltrain verify {' '.join(command)} failed: {done.stderr.strip()}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
