@@ -23,7 +23,8 @@ TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2, "float8": 5e-2}
 """40 times the rounding of fp32 measured over ten steps; what bf16 leaves, and fp16 with it; float8."""
 
 _ONE_PROCESS = {"parallel.engine": "plain", "parallel.dp_replicate": -1} | {
-    f"parallel.{axis}": 1 for axis in ("dp_shard", "tp", "cp", "pp")
+    **{f"parallel.{axis}": 1 for axis in ("dp_shard", "tp", "cp", "pp")},
+    **{f"parallel.{name}": False for name in ("sequence", "offload")},
 }
 
 _WHAT = (

@@ -20,12 +20,26 @@ ZERO = ("image/classify", "--preset", "vit-tiny", "--parallel.engine", "deepspee
 @pytest.mark.parametrize(
     "words",
     [
-        ("image/classify", "--preset", "vit-tiny", "--nproc", "4", "--parallel.tp", "2", "--parallel.dp_shard", "2"),
+        (
+            "image/classify",
+            "--preset",
+            "vit-tiny",
+            "--nproc",
+            "4",
+            "--parallel.tp",
+            "2",
+            "--parallel.dp_shard",
+            "2",
+            "--parallel.sequence",
+            "true",
+            "--parallel.offload",
+            "true",
+        ),
         ("image/classify", "--preset", "digits", "--nproc", "2"),
         ("timeseries/forecast", "--preset", "co2-patchtst", "--nproc", "2", "--parallel.dp_shard", "2"),
         pytest.param(ZERO, marks=DEEPSPEED),
     ],
-    ids=["fsdp 2 x tp 2", "ddp 2, dropout and batch norm", "fsdp 2", "deepspeed zero-3"],
+    ids=["fsdp 2 x tp 2, sequence, offload", "ddp 2, dropout and batch norm", "fsdp 2", "deepspeed zero-3"],
 )
 def test_layouts_of_our_recipes_are_the_same(cli: Cli, words: tuple[str, ...], tmp_path: Path) -> None:
     done = cli("verify", *words, "--steps", "4")
