@@ -38,6 +38,7 @@ _KEPT = {
     _ATEN.bmm.default,
     _ATEN.baddbmm.default,
     _ATEN.linear.default,
+    _ATEN._scaled_mm.default,  # of float8
     _ATEN.convolution.default,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
