@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,13 @@ _FILE = "recorded-{}.pt"
 
 # a gradient that is split and sharded is gathered in two steps here, once; torch warns of it on every rank
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+class Bounds(NamedTuple):
+    """Of losses, absolute; and of norms and gradients, which are relative."""
+
+    loss: float
+    gradient: float
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,13 @@ class Difference:
     weight: float
     by_parameter: dict[str, float]
 
-    def within(self, tolerance: float) -> bool:
-        """Whether losses are, and norms and gradients, which are sums of more and relative, within three times it."""
-        return self.loss <= tolerance and self.norm <= 3 * tolerance and self.gradient <= 3 * tolerance
+    def within(self, bounds: Bounds) -> bool:
+        """Whether losses are, and norms and gradients."""
+        return self.loss <= bounds.loss and max(self.norm, self.gradient) <= bounds.gradient
 
-    def first(self, tolerance: float) -> str:
+    def first(self, bounds: Bounds) -> str:
         """The first parameter, in the order of the model, whose gradient is not within; empty where all are."""
-        return next((name for name, apart in self.by_parameter.items() if not apart <= 3 * tolerance), "")
+        return next((name for name, apart in self.by_parameter.items() if not apart <= bounds.gradient), "")
 
 
 def record_steps(task: type[Task], config: Config, environment: Environment, folder: Path, steps: int) -> None:

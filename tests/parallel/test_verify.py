@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dltrain.verification import Recorded, compare
+from dltrain.verification import Bounds, Recorded, compare
 from tests.conftest import TINY, Cli
 
 DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
@@ -60,7 +60,7 @@ def test_a_model_that_depends_on_the_layout_is_found(cli: Cli, tmp_path: Path) -
     assert done.status == 1, done.out + done.err
     assert "NOT THE SAME" in done.out
     assert done.result["parameter"] in done.out
-    assert "NOT THE SAME within 1e-05; first at 1.weight" in done.out
+    assert "NOT THE SAME: losses within 1e-05, the others 3e-05; gradients depart from 1.weight on" in done.out
 
 
 def test_mistakes_are_one_sentence(cli: Cli) -> None:
@@ -81,15 +81,16 @@ def test_the_parameter_that_departs_furthest_is_named() -> None:
     other = Recorded([1.0, 0.6], [2.0, 1.5], {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([3.0])})
     found = compare(first, other)
     assert (found.loss, found.norm, found.gradient, found.parameter) == (pytest.approx(0.1), 0.5, 0.25, "b")
-    assert found.within(0.2)
-    assert not found.within(0.15)  # the norm is more than three times that apart
-    assert (found.first(0.01), found.first(0.1)) == ("b", "")
+    assert found.within(Bounds(0.2, 0.6))
+    assert not found.within(Bounds(0.05, 0.6))
+    assert not found.within(Bounds(0.2, 0.45))  # the norm is further apart
+    assert (found.first(Bounds(1, 0.1)), found.first(Bounds(1, 0.3))) == ("b", "")
     both = Recorded([1.0, 0.5], [2.0, 1.0], {"a": torch.tensor([1.0, -3.9]), "b": torch.tensor([3.0])})
-    assert (compare(first, both).first(0.001), compare(first, both).parameter) == ("a", "b")
+    assert (compare(first, both).first(Bounds(1, 0.001)), compare(first, both).parameter) == ("a", "b")
     without = compare(first, Recorded([1.0, 0.5], [2.0, 1.0], {"a": first.gradients["a"]}))
     assert (without.gradient, without.parameter) == (math.inf, "b")
     lost = compare(first, Recorded([1.0, math.nan], [2.0, 1.0], first.gradients))
-    assert not lost.within(1.0)
+    assert not lost.within(Bounds(1.0, 1.0))
     ends = [Recorded([1.0], [1.0], first.gradients, {"a": torch.tensor([1.0, value])}) for value in (2.0, 2.5)]
     assert compare(*ends).weight == 0.5
 
