@@ -195,7 +195,7 @@ def test_the_command_lists_layouts_and_ends_with_json(cli: Cli) -> None:
 def test_the_command_lists_every_layout(cli: Cli) -> None:
     done = cli(*PLAN, "--memory", "1GB", timeout=300)
     assert done.status == 0, done.err
-    assert done.result["layouts"] > 100
+    assert done.result["layouts"] > 80  # of four blocks and four heads on eight ranks
 
 
 @pytest.mark.parametrize(
