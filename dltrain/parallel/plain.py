@@ -17,7 +17,7 @@ from dltrain.config import Config
 from dltrain.config.tree import AUTO
 from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
-from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
+from dltrain.parallel.forward import autocast, inputs_of, joined, losses_of
 from dltrain.parallel.probe import probe
 from dltrain.parallel.settling import patiently, without_trace
 from dltrain.parallel.update import Updating, trained
@@ -43,7 +43,7 @@ class PlainEngine(Updating):
         super().__init__(model, optimizer, config, mesh, device, trained(model))
         self.counts = mesh.counts
         self._task, self._wrapped = task, wrapped
-        self._mesh, self._data_ranks, self._timeout = mesh, mesh.data_ranks, config.parallel.timeout
+        self._mesh, self._timeout = mesh, config.parallel.timeout
         self.micro_batch = config.parallel.micro_batch
         self._precision = config.precision
         self._settled = False
@@ -52,15 +52,14 @@ class PlainEngine(Updating):
     def forward_backward(self, batch: Batch, count: Tensor) -> Loss:
         if not self._wrapped.training:
             self._wrapped.train()
-        # DDP and FSDP2 average over data ranks; the sum is wanted, for `count` is the global one
-        scale = self._scaled(self._data_ranks / count.clamp(min=LEAST_COUNT))
+        seed = self._seed(count)
         pieces = list(batch.split(max(0, self.micro_batch)))
         total: Tensor | None = None
         for place, piece in enumerate(pieces):
             piece = piece.to(self.device)
             with self._synchronised(place == len(pieces) - 1):
                 loss = torch.dot(self._losses(piece, self._wrapped)[1], piece.weight)
-                self._backward(loss, scale)
+                self._backward(loss, seed)
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             raise AssertionError("a batch has at least one sample")
@@ -93,8 +92,8 @@ class PlainEngine(Updating):
                 self.forward_backward(batch, torch.ones((), device=self.device))
                 self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, loss: Tensor, scale: Tensor) -> None:
-        loss.backward(scale)  # type: ignore[no-untyped-call]
+    def _backward(self, loss: Tensor, seed: Tensor) -> None:
+        loss.backward(seed)  # type: ignore[no-untyped-call]
 
     def _find_micro_batch(self, batch: Batch) -> None:
         self._wrapped.train()

@@ -26,9 +26,12 @@ class LossScale:
         self.value = torch.full((), INITIAL, device=device)
         self._growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
 
-    def unscale(self, gradients: Sequence[Tensor]) -> None:
-        """Divide gradients of scaled losses, in place; the scale is a power of two, so they lose no bit."""
-        scale_by(gradients, self.value.reciprocal())
+    def unscale(self, gradients: Sequence[Tensor], ranks: int = 1) -> None:
+        """Divide gradients of scaled losses, in place, of which the sum over ``ranks`` is wanted and the mean is there.
+
+        The scale is a power of two, so they lose no bit by it.
+        """
+        scale_by(gradients, ranks / self.value)
 
     def update(self, nonfinite: Tensor) -> None:
         """After a step; ``nonfinite`` (float32 scalar on the device) is 1 where its gradient norm was not finite."""

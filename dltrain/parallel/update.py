@@ -19,6 +19,7 @@ from dltrain.optim.ema import Average
 from dltrain.optim.optimizer import set_learning_rate, skip_if_nonfinite, skips_by_itself
 from dltrain.parallel.agreement import Agreement
 from dltrain.parallel.data import BufferSync
+from dltrain.parallel.forward import LEAST_COUNT
 from dltrain.parallel.gradients import Norm, add_up, clip, gradients_of, whole
 from dltrain.parallel.scaling import LossScale
 
@@ -39,7 +40,7 @@ class Updating:
         names: Sequence[str],
     ) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
-        self._agreement = Agreement(model, optimizer, mesh)
+        self._agreement, self._data_ranks = Agreement(model, optimizer, mesh), mesh.data_ranks
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sums_are_partial = config.parallel.sequence and mesh.tp > 1
         places = {name: place for place, name in enumerate(names)}
@@ -114,16 +115,21 @@ class Updating:
             finally:
                 self._reshard()
 
-    def _scaled(self, seed: Tensor) -> Tensor:
-        """What a loss's backward pass begins with, times the loss scale of fp16."""
-        return seed if self._scale is None else seed * self._scale.value
+    def _seed(self, count: Tensor) -> Tensor:
+        """What a loss's backward pass begins with, where gradients are averaged over data ranks and a sum is wanted.
+
+        In fp16 times the loss scale; the data ranks come in when that goes out, so that half-precision gradients are no
+        larger for being made on many ranks.
+        """
+        count = count.clamp(min=LEAST_COUNT)
+        return self._data_ranks / count if self._scale is None else self._scale.value / count
 
     def _complete_gradients(self) -> None:
         """Gradients whole, and as they are without a loss scale: what hooks, the norm and clipping see; collective."""
         if self._sums_are_partial:
             add_up(self._parameters)
         if self._scale is not None:
-            self._scale.unscale(gradients_of(self._parameters))
+            self._scale.unscale(gradients_of(self._parameters), self._data_ranks)
 
     def _reshard(self) -> None:
         """FSDP2 keeps gathered weights after a forward pass that no backward pass followed; others are to take their

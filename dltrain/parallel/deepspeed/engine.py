@@ -123,9 +123,9 @@ class DeepSpeedEngine(PlainEngine):
         else:
             self._zero.load_state_dict(state)
 
-    def _backward(self, loss: Tensor, scale: Tensor) -> None:
-        # not divided by DeepSpeed's count of micro-batches: `scale` holds the global count
-        self._deepspeed.backward(loss * scale, scale_wrt_gas=False)
+    def _backward(self, loss: Tensor, seed: Tensor) -> None:
+        # not divided by DeepSpeed's count of micro-batches: `seed` holds the global count
+        self._deepspeed.backward(loss * seed, scale_wrt_gas=False)
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         """Tells DeepSpeed which micro-batch is the last, whatever their number in this step."""

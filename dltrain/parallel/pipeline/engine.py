@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
-from dltrain.parallel.forward import LEAST_COUNT, autocast, inputs_of, joined, losses_of
+from dltrain.parallel.forward import autocast, inputs_of, joined, losses_of
 from dltrain.parallel.pipeline.channels import Shape, Wires
 from dltrain.parallel.pipeline.executor import Executor, Inputs
 from dltrain.parallel.pipeline.parts import Parts
@@ -62,9 +62,9 @@ class PipelineEngine(Updating):
             return loss
 
         # FSDP2 averages over data ranks; the sum is wanted, for `count` is the global one
-        scale = self._scaled(self._mesh.data_ranks / count.clamp(min=LEAST_COUNT))
+        seed = self._seed(count)
         with self._autocast():
-            self._executor.train(self._schedule(len(pieces)), shapes, inputs, finish, scale)
+            self._executor.train(self._schedule(len(pieces)), shapes, inputs, finish, seed)
         self._complete_gradients()
         total = torch.zeros((), device=self.device)
         for loss in losses:
