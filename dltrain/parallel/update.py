@@ -42,6 +42,7 @@ class Updating:
         self.model, self.optimizer, self.device = model, optimizer, device
         self._agreement, self._data_ranks = Agreement(model, optimizer, mesh), mesh.data_ranks
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._holds_any = bool(model.state_dict())
         self._sums_are_partial = config.parallel.sequence and mesh.tp > 1
         places = {name: place for place, name in enumerate(names)}
         home = torch.device("cpu") if config.parallel.offload else device  # of gradients and optimizer
@@ -84,18 +85,19 @@ class Updating:
                 yield name, whole(parameter.grad).float()
 
     def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizer) if self._holds_any else _nothing()
         average = {} if self._average is None else {"ema": self._average.state_dict()}
         scale = {} if self._scale is None else {"loss_scale": self._scale.state_dict()}
         return {"model": model, "optimizer": optimizer, **average, **scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        if self._holds_any:
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
         if self._average is not None and "ema" in state:
             self._average.load_state_dict(state["ema"])
         elif self._average is not None:
@@ -147,6 +149,11 @@ class Updating:
             return
         skip_if_nonfinite(self.optimizer, _nonfinite(norm))
         self.optimizer.step()
+
+
+def _nothing() -> tuple[dict[str, Any], dict[str, Any]]:
+    """State of a stage without parameters, such as one that only scales; torch's own function refuses to tell it."""
+    return {}, {"state": {}, "param_groups": []}
 
 
 def _nonfinite(norm: Tensor) -> Tensor:

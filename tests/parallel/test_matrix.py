@@ -85,6 +85,14 @@ def test_a_pipeline_gives_the_very_bits_of_one_process(family: str, monkeypatch:
         assert all(torch.equal(weight, expected.weights[name]) for name, weight in weights.items())
 
 
+@pytest.mark.slow
+def test_a_stage_without_parameters_is_averaged_with_the_others() -> None:
+    ema = {"optim.ema": 0.9, "run.nonfinite": "skip"}
+    expected = run_ranks(train, 1, 1, "mixer", ema)[0]
+    for found in run_ranks(train, 4, 4, "mixer", {**LAYOUTS["pp 4, 1f1b"].overrides, **ema}):
+        assert found.losses == pytest.approx(expected.losses, abs=1e-5)
+
+
 CHANGES = [
     ("vit", "one", "tp 2", False),
     ("vit", "tp 2", "fsdp 2", False),
@@ -99,6 +107,8 @@ CHANGES = [
     ("patchtst", "ddp 2", "pp 2 x fsdp 2, zb-v", True),
     ("vit", "pp 2 x fsdp 2 x tp 2", "one", True),
     ("vit", "pp 2, zb-v", "pp 4, 1f1b", True),
+    ("mixer", "pp 4, 1f1b", "ddp 2", True),  # a stage of four has no parameters
+    ("mixer", "one", "pp 4, 1f1b", True),
     ("vit", "deepspeed zero-3", "fsdp 2", False),
     ("vit", "one", "deepspeed zero-2", True),
     ("vit", "fsdp 2", "deepspeed zero-3, ragged", True),
