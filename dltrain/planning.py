@@ -88,6 +88,8 @@ def _refuse(config: Config) -> None:
         raise UserError(f"dltrain plan knows parallel.engine plain alone, and it is {parallel.engine}")
     if parallel.micro_batch == AUTO:
         raise UserError("parallel.micro_batch is auto, which the ranks measure; give dltrain plan a number, or 0")
+    if parallel.offload:
+        raise UserError("parallel.offload moves bytes to the host that dltrain plan does not follow; plan without it")
     if parallel.activation_checkpointing == "budget":
         raise UserError(
             "parallel.activation_checkpointing is budget, which the compiler alone can weigh; take full or selective"

@@ -173,7 +173,8 @@ class Trainer:
         self.step = int(state["step"])
         self.best, self._elapsed = state["best"], float(state["elapsed_seconds"])
         self._evaluation_left = state["evaluation_left"]
-        if self.engine.micro_batch == AUTO:  # another size would give other bits
+        same = state["config"]["parallel"] == self.config.model_dump(mode="json")["parallel"]
+        if self.engine.micro_batch == AUTO and same:  # another size would give other bits
             self.engine.micro_batch = state.get("micro_batch", AUTO)
         self._passed = {request: int(self._elapsed / interval.seconds) for request, interval in self._timed}
         for hook in self.hooks:

@@ -179,6 +179,8 @@ def stilled(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
             setattr(module, "p", 0.0)  # noqa: B010  of several types
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            module.dropout = 0.0  # they keep it as a number
         if isinstance(module, _BatchNorm):
             module.eval()
             setattr(module, "train", MethodType(_stay, module))  # noqa: B010  a method of this one alone

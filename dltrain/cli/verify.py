@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def _judge(folder: Path, config: Config, known: Any) -> int:
     from dltrain.verification import Bounds, compare, read  # imports torch
 
     difference = compare(read(folder / "alone"), read(folder / "layout"))
-    bounds = Bounds(*BOUNDS["float8" if config.precision.float8 else config.precision.compute])
+    bounds = Bounds(*BOUNDS[_coarsest(config)])
     same, first = difference.within(bounds), difference.first(bounds)
     print(f"{known.recipe}: {known.steps} steps on {known.nproc} rank(s) against one process, largest differences")
     print(f"  loss           {difference.loss:.1e}")
@@ -91,8 +92,20 @@ def _judge(folder: Path, config: Config, known: Any) -> int:
     verdict = "the same" if same else "NOT THE SAME"
     print(f"  {verdict}: losses within {bounds.loss:g}, the others {bounds.gradient:g}" + _at(first))
     parts = {name: getattr(difference, name) for name in ("loss", "norm", "gradient", "parameter", "weight")}
+    parts = {
+        name: None if isinstance(part, float) and not math.isfinite(part) else part for name, part in parts.items()
+    }
     print(json.dumps({"same": same, "bounds": bounds, **parts}), flush=True)
     return 0 if same else 1
+
+
+def _coarsest(config: Config) -> str:
+    """The number format that rounds most: of products, or of what ranks send."""
+    precision, parallel = config.precision, config.parallel
+    if precision.float8:
+        return "float8"
+    sends = "bf16" if precision.reduce == "bf16" or parallel.compress in ("fp16", "bf16") else precision.compute
+    return "float8" if parallel.compress == "powersgd" else sends
 
 
 def _at(parameter: str) -> str:

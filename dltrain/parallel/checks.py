@@ -29,7 +29,7 @@ def check_layout(config: Config, environment: Environment, batch: bool = True) -
     _check_tokens(config, degrees)
     if config.parallel.engine == "deepspeed":
         _check_deepspeed(config)
-    check_passes(config, degrees)
+    _check_passes(config, degrees)
     _check_shards(config, degrees, environment.world_size)
     if environment.world_size > 1:  # one process alone has nobody to send to, and a recipe may say how
         _check_replicas(config, degrees)
@@ -62,16 +62,18 @@ def _check_deepspeed(config: Config) -> None:
             raise UserError(f"{name} does not go with parallel.engine deepspeed; leave it out, or take engine plain")
 
 
-def check_passes(config: Config, degrees: Degrees) -> None:
-    """How a batch goes forward and backward: in micro-batches, compiled, with activations computed again.
-
-    Raises :class:`UserError`.
-    """
+def _check_passes(config: Config, degrees: Degrees) -> None:
+    """How a batch goes forward and backward: in micro-batches, compiled, with activations computed again."""
     parallel, again = config.parallel, config.parallel.activation_checkpointing
     if parallel.micro_batch == AUTO and degrees.pp > 1:
         raise UserError(
             "parallel.micro_batch is auto, and in a pipeline it also says in how many micro-batches stages take turns; "
             "give a number, or 0 for what its schedule wants"
+        )
+    if parallel.meta and config.precision.float8:
+        raise UserError(
+            "parallel.meta fills the layers that were built, and precision.float8 puts others in their place; set one "
+            "of the two false"
         )
     if again == "budget" and not config.precision.compile:
         raise UserError(

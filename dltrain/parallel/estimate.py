@@ -34,7 +34,7 @@ from dltrain.data.batch import Batch
 from dltrain.degrees import Degrees
 from dltrain.errors import UserError
 from dltrain.parallel.alone import Shares
-from dltrain.parallel.checks import check_passes
+from dltrain.parallel.checks import check_layout
 from dltrain.parallel.devices import Device
 from dltrain.parallel.forward import inputs_of
 from dltrain.parallel.layouts import layouts
@@ -47,6 +47,7 @@ from dltrain.parallel.pipeline.schedule import Schedule
 from dltrain.parallel.pipeline.simulation import simulate
 from dltrain.parallel.plan import Plan
 from dltrain.parallel.rehearsal import SIZES, Rehearsed, Weight, on_meta, rehearse
+from dltrain.runtime.environment import Environment
 from dltrain.task import Task
 
 EFFICIENCY = 0.5
@@ -135,7 +136,8 @@ class Study:
     def estimate(self, parallel: Parallel, cluster: Cluster) -> Estimate:
         """Of one layout. Raises :class:`UserError` where the model or the batch does not allow it."""
         samples = self._samples(parallel)
-        check_passes(self._config.replace(parallel=parallel), _degrees(parallel))
+        ranks = Environment(0, cluster.world, 0, min(cluster.world, cluster.node_ranks))
+        check_layout(self._config.replace(parallel=parallel), ranks)
         kind = parallel.activation_checkpointing
         again = kind if kind in _AGAIN else ""
         shares = Shares(parallel.tp, parallel.cp, parallel.sequence, self._keeping(parallel).shards > 0, again)
@@ -163,12 +165,12 @@ class Study:
             shards=parallel.dp_shard * parallel.cp if sharded else 0,
             ddp=not sharded and degrees.reduced_ranks > 1,
             stay=not parallel.reshard_after_forward or parallel.pp > 1,
-            itemsize=2 if sharded and self._config.precision.compute == "bf16" else 4,
-            states=2 if optim.name == "adamw" else int(optim.momentum > 0),
+            itemsize=2 if sharded and self._config.precision.compute != "fp32" else 4,
+            states=(2 if optim.name == "adamw" else int(optim.momentum > 0)) + int(optim.ema > 0),
         )
 
     def _rehearse(self, shares: Shares) -> Rehearsed:
-        if shares.cast and self._config.precision.compute != "bf16":
+        if shares.cast and self._config.precision.compute == "fp32":
             shares = replace(shares, cast=False)
         if shares not in self._rehearsed:
             self._tell(f"rehearsing tp {shares.tp}, cp {shares.cp}{', sequence' if shares.sequence else ''}")

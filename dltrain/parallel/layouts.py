@@ -28,6 +28,8 @@ def layouts(parallel: Parallel, given: Collection[str], world: int, node_ranks: 
         wanted = dict(zip(_DEGREES, degrees, strict=True))
         if math.prod(degrees) != world or node % wanted["tp"]:
             continue
+        if "dp_shard" in given and parallel.dp_shard == parallel.dp_replicate == -1 and wanted["dp_replicate"] > 1:
+            continue  # dp_shard takes the ranks that are left
         for settings in _settings(wanted, parallel, given):
             yield parallel.replace(**wanted, **settings)
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from dltrain.errors import UserError
+from dltrain.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Plan:
     tokens: Mapping[str, str] = field(default_factory=dict)
     chain: tuple[str, ...] = ()
     with_inputs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("units", "chain", "with_inputs"):
+            if isinstance(getattr(self, name), str):
+                raise UserError(f"Plan({name}={getattr(self, name)!r}) is one string; give a tuple of patterns")
 
     @classmethod
     def auto(cls, model: nn.Module) -> Plan:
@@ -82,7 +87,10 @@ def matching(model: nn.Module, pattern: str, bare: bool = False) -> dict[str, nn
         and (bare or _has_parameters(module))
     }
     if not matched:
-        raise UserError(f"the plan's pattern {pattern!r} matches no module of {type(model).__name__}")
+        names = [name for name, _ in model.named_modules() if name]
+        near = nearest(pattern.replace("*", "0"), names)
+        close = f"; {near}" if near.startswith("did you mean") else ""  # not hundreds of names
+        raise UserError(f"the plan's pattern {pattern!r} matches no module of {type(model).__name__}{close}")
     return matched
 
 

@@ -100,9 +100,9 @@ def rehearse(
         Weight(name, tuple(value.shape), value.element_size(), value.requires_grad)
         for name, value in twin.named_parameters()
     )
-    if shares.cast and precision.compute == "bf16":
+    if shares.cast and precision.compute != "fp32":
         _cast(twin)
-    low = precision.compute == "bf16" and not shares.cast
+    low = precision.compute != "fp32" and not shares.cast
     if shares.again:
         units = plan.modules(twin)
         for unit in units:  # what is computed again takes the same kernels

@@ -28,12 +28,14 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: dist.Proces
     return attended
 
 
-def takes(query: Tensor) -> bool:
-    """Whether there is a kernel that also tells the log-sum-exp, for queries such as these."""
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there is a kernel that also tells the log-sum-exp, for tensors such as these."""
+    if key.shape != value.shape or query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
+        return False
     if query.device.type != "cuda":
         return True
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return half and query.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 class _Ring(torch.autograd.Function):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+from torch.nn import functional as F
 
 from dltrain.errors import UserError, nearest
 from dltrain.parallel.plan import Plan, matching
@@ -53,7 +54,20 @@ def roles_of(model: nn.Module, plan: Plan, setting: str) -> list[Role]:
         if role not in _ROLES:
             raise UserError(f"the plan says that {pattern!r} does {role!r} with tokens; {nearest(role, _ROLES)}")
         found += [Role(name, module, role) for name, module in matching(model, pattern, bare=True).items()]
+    _refuse_incomplete(model, {each.role for each in found}, setting)
     return found
+
+
+def _refuse_incomplete(model: nn.Module, roles: set[str], setting: str) -> None:
+    wanted: dict[str, tuple[str, ...]] = {"deals them out": ("deal",), "joins them": ("join",)}
+    if "cp" in setting:
+        wanted["looks at all of them"] = ("attend", "dot_product")
+    for does, names in wanted.items():
+        if not roles & set(names):
+            raise UserError(
+                f"{setting}, and Plan(tokens={{...}}) of {type(model).__name__} names no module that {does}; give one "
+                f"the role {' or '.join(map(repr, names))}"
+            )
 
 
 def share_context(roles: Iterable[Role], group: dist.ProcessGroup, attention: str) -> None:
@@ -114,17 +128,23 @@ class _Attend:
 
 def _goes_round(role: Role, attention: str) -> bool:
     """Whether keys and values are passed on. Raises :class:`UserError` where they must be and cannot."""
-    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in role.module.modules())
-    if attention != "ring":
-        return attention == "auto" and role.role == "dot_product" and not drops
-    if role.role == "dot_product" and not drops:
-        return True
-    why = (
-        "drops out weights of its sum"
-        if drops
-        else "is not said to be a plain scaled dot product in Plan(tokens={...})"
-    )
-    raise UserError(f"parallel.cp_attention is ring, and {role.name} {why}; take gather")
+    can = role.role == "dot_product" and _is_plain(role.module)
+    if attention == "ring" and not can:
+        raise UserError(
+            f"parallel.cp_attention is ring, and {role.name} does more than a scaled dot product (dropout, a mask, a "
+            "scale of its own), or is no 'dot_product' in Plan(tokens={...}); take gather"
+        )
+    return can and attention != "gather"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it gives, as it is in training, what plain attention gives: seen on a few numbers."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 5, 8, generator=generator) for _ in range(3))
+    with torch.no_grad(), torch.random.fork_rng([]):
+        found = module(query, key, value)
+        expected = F.scaled_dot_product_attention(query, key, value)
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
 
 
 class _Ring:
@@ -135,12 +155,13 @@ class _Ring:
         self._ring = partial(torch.compiler.disable(ring_attention), group=group)  # type: ignore[no-untyped-call]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
-        if takes(query) and (self._required or query.device.type == "cuda"):
+        if takes(query, key, value) and (self._required or query.device.type == "cuda"):
             return self._ring(query, key, value)
         if self._required:
             raise UserError(
-                f"parallel.cp_attention is ring, and this GPU has no kernel for queries of {query.dtype} and width "
-                f"{query.shape[-1]}; take precision.compute bf16 and heads of a multiple of 8, or cp_attention gather"
+                f"parallel.cp_attention is ring, and there is no kernel here for queries of {query.dtype}, "
+                f"{tuple(query.shape)}, and keys of {tuple(key.shape)}; take precision.compute bf16, and as many heads "
+                "of keys, whose width is a multiple of 8 up to 256; or cp_attention gather"
             )
         return self._forward(*self._attend(self, (query, key, value)))
 

@@ -64,6 +64,7 @@ REFUSED = [
     (2, {"parallel__pp": 2, "parallel__schedule": "zbv_zero_bubble", "parallel__activation_checkpointing": "full"},
      "each weight would compute its unit anew", ["take 1f1b or interleaved_1f1b"]),
     (1, {"parallel__activation_checkpointing": "budget"}, "budget is the compiler's", ["set precision.compile true"]),
+    (1, {"parallel__meta": True, "precision__float8": True}, "parallel.meta fills the layers that were built", []),
     (2, {"parallel__offload": True}, "this layout shards nothing", ["set parallel.dp_shard"]),
     (2, {"precision__reduce": "bf16"}, "precision.reduce is bf16, which is FSDP2's", ["parallel.compress"]),
     (2, {"parallel__prefetch": 1}, "parallel.prefetch is 1, and no parameter is sharded", ["parallel.prefetch 0"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dltrain.errors import UserError
@@ -65,7 +65,7 @@ def test_attention_to_halves_of_the_tokens_adds_up(device: str, dtype: torch.dty
     expected = F.scaled_dot_product_attention(*whole)
     expected.backward(gradient.float())
     halves = list(zip(key.chunk(2, 2), value.chunk(2, 2), strict=True))
-    assert ring.takes(query)
+    assert ring.takes(query, key, value)
     (one, sums, *random), (two, more, *_) = (ring._attend(query, *half) for half in halves)
     out, total = ring._merged(one.float(), sums, two, more)
     out = out.to(dtype)
@@ -88,18 +88,34 @@ def test_a_ring_of_gpus_gives_the_numbers_of_one(cli: Cli) -> None:
     assert done.status == 0, done.out + done.err
 
 
+class Sharper(DotProduct):
+    """With a scale of its own."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, scale=1.0)
+
+
 def refused(rank: int, ranks: int) -> list[str]:
     group = dist.group.WORLD
     assert group is not None
     told = []
-    for module, role in ((DotProduct(0.1), "dot_product"), (nn.Identity(), "attend")):
+    for module, role in ((DotProduct(0.1), "dot_product"), (Sharper(), "dot_product"), (DotProduct(), "attend")):
+        share_context([Role("mix", module, role)], group, "auto")  # gathered
+        assert "forward" not in vars(module)
         with pytest.raises(UserError) as error:
             share_context([Role("mix", module, role)], group, "ring")
         told.append(str(error.value))
     return told
 
 
-def test_what_cannot_go_round_is_told() -> None:
-    dropout, unknown = run_ranks(refused, 2, 2)[0]
-    assert "mix drops out weights" in dropout
-    assert "mix is not said to be a plain scaled dot product in Plan(tokens={...})" in unknown
+def test_what_cannot_go_round_is_told_or_gathered() -> None:
+    told = run_ranks(refused, 2, 2)[0]
+    assert len(told) == 3
+    assert all("mix does more than a scaled dot product" in each for each in told)
+
+
+def test_kernels_want_as_many_heads_of_keys() -> None:
+    query, few = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 2, 8)
+    assert ring.takes(query, query, query)
+    assert not ring.takes(query, few, few)
+    assert not ring.takes(query, query, torch.zeros(1, 4, 2, 16))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,47 @@ def chain(model: nn.Module, plan: Plan) -> list[Link]:
             raise UserError(f"the plan gives inputs to {pattern!r}, which is not in its chain")
     _refuse_gaps(model, links)
     return links
+
+
+def refuse_other_forward(model: nn.Module, links: Sequence[Link], inputs: tuple[Any, ...]) -> None:
+    """Raises :class:`UserError` where the model's forward is not these links, each given what the one before returned.
+
+    It is watched once, on the meta device: a stage would leave out whatever it does between them.
+    """
+    twin, moved = to_meta(model, inputs)
+    seen: list[tuple[str, tuple[Any, ...], Any]] = []
+    for link in links:
+        hook = partial(_note, seen, link.name)
+        twin.get_submodule(link.name).register_forward_hook(hook)
+    with torch.no_grad():
+        whole = twin(*moved)
+    kind = type(model).__name__
+    if [name for name, _, _ in seen] != [link.name for link in links]:
+        said, done = (", ".join(names) for names in ([link.name for link in links], [name for name, _, _ in seen]))
+        raise UserError(
+            f"the plan's chain of {kind} is {said}, and its forward calls {done or 'none of them'}; name modules "
+            "in the order of the forward, each once"
+        )
+    before, last = moved, ""
+    for (name, given, returned), link in zip(seen, links, strict=True):
+        expected = (*before, *(moved if link.again else ()))
+        if list(map(id, given)) != list(map(id, expected)):
+            inputs_too = " and the model's inputs" if link.again else ""
+            raise UserError(
+                f"the plan's chain of {kind} gives {name} what {last or 'the model'} "
+                f"{'returned' if last else 'is given'}{inputs_too}, and its forward gives it something else; move what "
+                "it does in between into one of the modules, or name them in Plan(with_inputs=(...))"
+            )
+        before, last = returned if isinstance(returned, tuple) else (returned,), name
+    if seen[-1][2] is not whole:
+        raise UserError(
+            f"the plan's chain of {kind} ends with {last}, and its forward returns something else; move what it does "
+            f"after it into {last}"
+        )
+
+
+def _note(seen: list[Any], name: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+    seen.append((name, given, returned))
 
 
 def costs_of(model: nn.Module, names: Sequence[str], inputs: tuple[Any, ...]) -> list[int]:

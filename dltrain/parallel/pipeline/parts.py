@@ -10,7 +10,7 @@ from torch import nn
 
 from dltrain.config import Parallel
 from dltrain.errors import UserError
-from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
+from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep, refuse_other_forward
 from dltrain.parallel.pipeline.discover import discovered
 from dltrain.parallel.pipeline.schedule import Schedule, build, micro_batches, stages_per_rank
 from dltrain.parallel.pipeline.trace import keep_tensors, traced
@@ -70,6 +70,7 @@ def _chained(
 ) -> list[tuple[int, nn.Module]]:
     links = chain(model, plan)
     refuse_shallow(model, len(links), "names", len(owners))
+    refuse_other_forward(model, links, inputs)
     cuts = balanced(costs_of(model, [link.name for link in links], inputs), len(owners))
     mine = {number: [links[place] for place in cut] for number, cut in enumerate(cuts) if owners[number] == rank}
     keep(model, links, [link for some in mine.values() for link in some])
