@@ -135,6 +135,8 @@ class Executor:
         _, number, piece = action
         weights = [weight for weight in self._stages[number].parameters() if weight.requires_grad]
         stage_backward_weight(iter(weights), run.passes.pop((number, piece)).groups)
+        for weight in weights:
+            _lay_out_gradient(weight)
 
     def _gradients(self, run: Run, number: int, piece: int) -> Values:
         if number == run.schedule.stages - 1:
@@ -168,6 +170,12 @@ def as_values(returned: Any) -> Values:
                 "tensor or a tuple of tensors"
             )
     return values
+
+
+def _lay_out_gradient(weight: Tensor) -> None:
+    """In memory as its weight lies: autograd sees to it by itself, and fused optimizers go through both in one line."""
+    if weight.grad is not None and weight.grad.stride() != weight.stride():
+        weight.grad = torch.empty_like(weight, dtype=weight.grad.dtype).copy_(weight.grad)
 
 
 def _as_leaf(value: Tensor) -> Tensor:
