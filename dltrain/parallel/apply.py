@@ -77,11 +77,11 @@ def parallelize(
     if config.precision.batch_norm == "synchronised":
         synchronise(model, mesh.data_group())
     roots: Sequence[nn.Module] = [model] if parts is None else list(parts.stages.values())
-    named = named.kept_in(model, whole=traced)
+    planned, named = bool(named.units), named.kept_in(model, whole=traced)
     if blueprint is None:
         model = _placed(model, device, config, mesh)
     _spread(named, config, mesh)
-    checkpoint_units(list(roots) if traced else named.units, config)
+    checkpoint_units(list(roots) if traced else named.units, config, elsewhere=planned)
     if config.precision.compile:
         compile_each((named.units if mesh.environment.world_size > 1 else []) or roots)
     if config.parallel.engine == "deepspeed":

@@ -50,8 +50,10 @@ _KEPT = {
 }
 
 
-def checkpoint_units(units: Sequence[nn.Module], config: Config) -> None:
+def checkpoint_units(units: Sequence[nn.Module], config: Config, elsewhere: bool = False) -> None:
     """Have each of ``units`` compute its activations again, in place; units inside others go with those.
+
+    A stage of a pipeline may have none where others have some, ``elsewhere``.
 
     Raises :class:`UserError` for a plan without units, and for a budget over units with dropout.
     """
@@ -64,7 +66,7 @@ def checkpoint_units(units: Sequence[nn.Module], config: Config) -> None:
         functorch.activation_memory_budget = config.parallel.activation_budget if kind == "budget" else 1.0
     if kind not in ("full", "selective"):
         return
-    if not units:
+    if not units and not elsewhere:
         raise UserError(
             f"parallel.activation_checkpointing {kind} computes units of the plan again, and the plan has none; name "
             "them in Plan(units=(...))"
