@@ -47,6 +47,15 @@ of the ratios within rounds, both loops in the same processes, in turn; in brack
 |---|---|---|---|---|---|
 """
 
+PARITY = """
+## Parity
+
+Layouts whose losses, norms and gradients are those of one process, as [docs/parity.md](../../docs/parity.md) lists them.
+
+| the same | of | hardware | torch | result |
+|---|---|---|---|---|
+"""
+
 DATA = """
 ## Data
 
@@ -78,7 +87,7 @@ def run(request: Request) -> dict[str, Any]:
 
 def render(results: Iterable[tuple[str, dict[str, Any]]]) -> str:
     """The page, from the results by file name."""
-    rows: dict[str, list[str]] = {"data": [], "throughput": [], "trainer_overhead": [], "parallel": []}
+    rows: dict[str, list[str]] = {"data": [], "throughput": [], "trainer_overhead": [], "parallel": [], "parity": []}
     for name, result in results:
         if result["benchmark"] == "throughput":
             rows["throughput"] += [_throughput(name, result, model) for model in result["models"]]
@@ -86,9 +95,13 @@ def render(results: Iterable[tuple[str, dict[str, Any]]]) -> str:
             rows["trainer_overhead"] += [_overhead(name, result, figure) for figure in result["figures"]]
         elif result["benchmark"] == "parallel":
             rows["parallel"] += [_layout(name, result, layout) for layout in result["figures"]]
+        elif result["benchmark"] == "parity":
+            same = sum(bool(case["same"]) for case in result["cases"])
+            rows["parity"].append(_row(same, len(result["cases"]), *_origin(name, result)))
         elif result["benchmark"] == "data":
             rows["data"].append(data_report.section(name, result, _origin(name, result)))
-    heads = {"data": DATA, "throughput": THROUGHPUT, "trainer_overhead": OVERHEAD, "parallel": PARALLEL}
+    heads = {"data": DATA, "throughput": THROUGHPUT, "trainer_overhead": OVERHEAD}
+    heads |= {"parallel": PARALLEL, "parity": PARITY}
     return HEAD + "".join(heads[kind] + "".join(lines) for kind, lines in rows.items() if lines)
 
 
