@@ -50,7 +50,7 @@ of the ratios within rounds, both loops in the same processes, in turn; in brack
 PARITY = """
 ## Parity
 
-Layouts whose losses, norms and gradients are those of one process, as [docs/parity.md](../../docs/parity.md) lists them.
+Layouts with the losses, norms and gradients of one process; [docs/parity.md](../../docs/parity.md) lists them.
 
 | the same | of | hardware | torch | result |
 |---|---|---|---|---|
