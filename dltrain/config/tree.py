@@ -267,6 +267,9 @@ class Parallel(Section):
     """FSDP2: units gathered ahead of the one at work, forward and backward; 0 leaves it to torch, which gathers one."""
     bucket_mib: float = Field(default=0.0, ge=0)
     """DDP: MiB of gradients that are reduced at a time; 0 leaves it to torch, which takes 25."""
+    find_unused_parameters: bool = False
+    """DDP: look in every step for parameters without a gradient, where steps differ in which those are. Parameters that
+    no step uses are found, and this is switched on, by itself."""
     compress: Literal["none", "fp16", "bf16", "powersgd"] = "none"
     """DDP: send gradients in half the size, or (PowerSGD) as products of small matrices, whose rest is not resumed."""
     powersgd_rank: int = Field(default=1, ge=1)

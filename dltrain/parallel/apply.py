@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,8 +73,6 @@ def parallelize(
     named, names, shared = _named(task, model, config, mesh, device), trained(model), ties(model)
     parts = _part(task, model, named.plan, config, mesh, device, example) if mesh.pp > 1 else None
     traced = parts is not None and parts.traced
-    if traced:
-        _refuse_traced(model, config, mesh)
     if config.precision.batch_norm == "synchronised":
         synchronise(model, mesh.data_group())
     roots: Sequence[nn.Module] = [model] if parts is None else list(parts.stages.values())
@@ -159,7 +158,8 @@ def _part(
         piece = next(batch.padded(max(samples, len(batch))).split(samples))
         return inputs_of(task, piece, config.precision)
 
-    return part(model, plan, config.parallel, mesh.pp_rank, len(batch), inputs)
+    may_trace = partial(_refuse_traced, model, config, mesh)
+    return part(model, plan, config.parallel, mesh.pp_rank, len(batch), inputs, may_trace)
 
 
 def _refuse_traced(model: nn.Module, config: Config, mesh: Mesh) -> None:
@@ -168,6 +168,8 @@ def _refuse_traced(model: nn.Module, config: Config, mesh: Mesh) -> None:
         f"parallel.tp is {mesh.tp}": mesh.tp > 1,
         f"parallel.cp is {mesh.cp}": mesh.cp > 1,
         "precision.batch_norm is synchronised": config.precision.batch_norm == "synchronised",
+        "precision.float8 is true": config.precision.float8,
+        "parallel.meta is true": config.parallel.meta,
     }
     for setting, asked in wanted.items():
         if asked:

@@ -21,16 +21,31 @@ from dltrain.parallel.compression import compress
 from dltrain.parallel.forward import COMPUTE
 
 
-def replicate(model: nn.Module, device: torch.device, parallel: Parallel) -> DistributedDataParallel:
-    """DDP. Buffers are kept equal by the engine, once per step under every layout."""
+def replicate(
+    model: nn.Module, device: torch.device, parallel: Parallel, find_unused: bool = False
+) -> DistributedDataParallel:
+    """DDP. Buffers are kept equal by the engine, once per step under every layout.
+
+    With ``find_unused`` it looks in each step for parameters without a gradient, and otherwise waits for all of them.
+    """
     device_ids = [device] if device.type == "cuda" else None
     # torch 2.13 gave the argument a new name
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
     settings: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     settings["bucket_cap_mb"] = parallel.bucket_mib or None
+    settings["find_unused_parameters"] = find_unused or parallel.find_unused_parameters
     wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **settings)
     compress(wrapped, parallel)
     return wrapped
+
+
+def refuse_unused(error: RuntimeError) -> None:
+    """Raises :class:`UserError` if ``error`` is DDP's, which waited for gradients of parameters a step left out."""
+    if "Expected to have finished reduction" in str(error):
+        raise UserError(
+            "the step before used fewer parameters than the first one, and DDP waited for their gradients; set "
+            "parallel.find_unused_parameters true"
+        ) from error
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, config: Config) -> nn.Module:

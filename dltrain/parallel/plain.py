@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +18,7 @@ from dltrain.config import Config
 from dltrain.config.tree import AUTO
 from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
+from dltrain.parallel.data import refuse_unused, replicate
 from dltrain.parallel.forward import autocast, inputs_of, joined, losses_of
 from dltrain.parallel.probe import probe
 from dltrain.parallel.settling import patiently, without_trace
@@ -43,7 +45,7 @@ class PlainEngine(Updating):
         super().__init__(model, optimizer, config, mesh, device, trained(model))
         self.counts = mesh.counts
         self._task, self._wrapped = task, wrapped
-        self._mesh, self._timeout = mesh, config.parallel.timeout
+        self._mesh, self._parallel = mesh, config.parallel
         self.micro_batch = config.parallel.micro_batch
         self._precision = config.precision
         self._settled = False
@@ -79,15 +81,17 @@ class PlainEngine(Updating):
     def settle(self, peek: Callable[[], Batch]) -> None:
         """DDP orders its buckets anew after the first backward pass, and with three or more ranks another order gives
         another last bit. Two passes before the first step, of a fresh or a resumed run, make all steps alike. One pass
-        compiles what is to be compiled. Before them the size of micro-batches is found, where it is left to us."""
+        compiles what is to be compiled. Before them the size of micro-batches is found, where it is left to us, and
+        whether DDP would wait for gradients that never come."""
         passes = 2 if isinstance(self._wrapped, DistributedDataParallel) else int(self._precision.compile)
         if self._settled or not (passes or self.micro_batch == AUTO):
             return
         self._settled, batch = True, peek()
         groups = self._mesh.groups() if self._precision.compile else []
-        with patiently(groups, self._timeout), without_trace(self.model, self.optimizer, self.device):
+        with patiently(groups, self._parallel.timeout), without_trace(self.model, self.optimizer, self.device):
             if self.micro_batch == AUTO:
                 self._find_micro_batch(batch)
+            self._find_unused(batch)
             for _ in range(passes):
                 self.forward_backward(batch, torch.ones((), device=self.device))
                 self.optimizer.zero_grad(set_to_none=True)
@@ -101,21 +105,44 @@ class PlainEngine(Updating):
         told = f"parallel.micro_batch auto: {self.micro_batch} of {len(batch)} samples at a time"
         say(self._mesh.environment, f"{told}, which every rank has the memory for")
 
+    def _find_unused(self, batch: Batch) -> None:
+        """DDP anew, looking for parameters without a gradient, where the model beneath it leaves some on any rank."""
+        parallel = self._parallel
+        if not isinstance(self._wrapped, DistributedDataParallel) or parallel.find_unused_parameters:
+            return
+        self._pass_alone(next(batch.split(self.micro_batch)))
+        unused = [name for name, each in self.model.named_parameters() if each.requires_grad and each.grad is None]
+        self.optimizer.zero_grad(set_to_none=True)
+        some = torch.tensor(float(len(unused)), device=self.device)
+        dist.all_reduce(some)
+        if some.item():
+            named = f"{unused[0]} gets" if unused else "some parameters on another rank get"
+            say(self._mesh.environment, f"{named} no gradient: DDP looks for such parameters in every step")
+            self._wrapped = replicate(self.model, self.device, parallel, find_unused=True)
+
     def _attempt(self, batch: Batch, samples: int) -> None:
         """What a step does in micro-batches of so many samples, but the last: a pass, and one beside its gradients."""
         passes = 2 if samples < len(batch) else 1
         try:
             for number in range(passes):
-                piece = next(batch.split(samples)).to(self.device)
                 with self._synchronised(number == passes - 1):
-                    torch.dot(self._losses(piece, self.model)[1], piece.weight).backward()  # type: ignore[no-untyped-call]
+                    self._pass_alone(next(batch.split(samples)))
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+
+    def _pass_alone(self, piece: Batch) -> None:
+        """Forward and backward beneath DDP, which has no part in it."""
+        piece = piece.to(self.device)
+        torch.dot(self._losses(piece, self.model)[1], piece.weight).backward()  # type: ignore[no-untyped-call]
 
     def _losses(self, batch: Batch, model: nn.Module) -> tuple[Any, Tensor]:
         inputs = inputs_of(self._task, batch, self._precision)
         with autocast(self.device, self._precision, isinstance(model, FSDPModule)):
-            outputs = model(*inputs)
+            try:
+                outputs = model(*inputs)
+            except RuntimeError as error:
+                refuse_unused(error)
+                raise
         return losses_of(self._task, outputs, batch, self._precision)
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:

@@ -166,6 +166,31 @@ class Own(Images):
         return None
 
 
+class Idle(nn.Module):
+    """Someone's own model, with a layer in the middle that its forward has no use for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()) for _ in range(5))
+        self.idle = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = self.stem(images)
+        for block in self.blocks:
+            values = values + block(values)
+        logits: Tensor = self.head(values.mean((2, 3)))
+        return logits
+
+
+class Wasteful(Own):
+    """Without a plan, and a chain."""
+
+    def model(self) -> nn.Module:
+        return Idle()
+
+
 class Straight(Own):
     """Without a plan, and a chain."""
 
@@ -236,7 +261,7 @@ FAMILIES: dict[str, tuple[type[Task], Fields]] = {
     "resnet": (Residual, _photos),
     "convnext": (ConvNet, _photos),
 }
-TASKS = {**FAMILIES, "own": (Own, _images), "straight": (Straight, _images)}
+TASKS = {**FAMILIES, "own": (Own, _images), "straight": (Straight, _images), "wasteful": (Wasteful, _images)}
 """With models that bring no plan, which no tensor or context parallelism splits."""
 
 CALM = {"optim.name": "sgd"}

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from dltrain.config import Parallel
 from dltrain.mesh import build_mesh
 from dltrain.parallel.settling import patiently
 from dltrain.runtime.environment import Environment
 from dltrain.testing.ranks import RankError, run_ranks
-from tests.parallel.matrix import CPU, LAYOUTS, build, share_of, train, whole
-from tests.parallel.test_engine import Normed, engine_for
+from tests.parallel.matrix import CPU, LAYOUTS, SAMPLES, build, share_of, train, whole
+from tests.parallel.test_engine import Normed, Regression, engine_for
 from tests.parallel.test_engine import share_of as regression_share
 
 
@@ -90,3 +91,59 @@ def test_the_first_step_compiles_nothing_more(name: str) -> None:
     settings = {**layout.overrides, "precision.compile": True}
     for before, after in run_ranks(settled, layout.ranks, layout.ranks, settings, seconds=400):
         assert 0 < before == after
+
+
+def settles_and_trains(rank: int, ranks: int, family: str, overrides: dict[str, Any]) -> tuple[list[float], Any]:
+    """Norms of three steps, and the weights."""
+    _, mesh, engine = build(family, rank, ranks, overrides)
+    engine.settle(lambda: share_of(family, 0, mesh.data_rank, mesh.data_ranks))
+    norms = []
+    for step in range(3):
+        engine.forward_backward(share_of(family, step, mesh.data_rank, mesh.data_ranks), torch.tensor(float(SAMPLES)))
+        norms.append(engine.step(0.003, 1.0).item())
+    return norms, whole(engine)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"parallel.micro_batch": 2, "parallel.find_unused_parameters": True}])
+def test_ddp_does_not_wait_for_parameters_that_no_step_uses(overrides: dict[str, Any]) -> None:
+    norms, weights = run_ranks(settles_and_trains, 1, 1, "wasteful", {})[0]
+    for found_norms, found in run_ranks(settles_and_trains, 2, 2, "wasteful", overrides):
+        assert found_norms == pytest.approx(norms, rel=1e-4)
+        for key, weight in weights.items():
+            torch.testing.assert_close(found[key], weight, atol=1e-5, rtol=0)
+            assert not key.startswith("idle") or torch.equal(found[key], weight)
+
+
+class Wavering(nn.Module):
+    """Every other pass in training leaves out one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.passes = nn.Linear(6, 4), nn.Linear(6, 4), 0
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.passes += 1
+        returned: Tensor = self.always(values) + (self.sometimes(values) if self.passes < 5 else 0)
+        return returned
+
+
+class Wavers(Regression):
+    def model(self) -> nn.Module:
+        return Wavering()
+
+
+def wavers(rank: int, ranks: int, overrides: dict[str, Any]) -> list[float]:
+    engine = engine_for(rank, ranks, overrides, Wavers)
+    engine.settle(lambda: regression_share(0, rank, ranks))
+    norms = []
+    for step in range(4):
+        engine.forward_backward(regression_share(step, rank, ranks), torch.tensor(8.0))
+        norms.append(engine.step(0.01, 0.0).item())
+    return norms
+
+
+def test_steps_that_differ_in_what_they_use_are_told_of_the_setting() -> None:
+    with pytest.raises(RankError, match=r"used fewer parameters than the first one.* parallel\.find_unused_parameters"):
+        run_ranks(wavers, 2, 2, {})
+    first, second = run_ranks(wavers, 2, 2, {"parallel.find_unused_parameters": True})
+    assert first == second

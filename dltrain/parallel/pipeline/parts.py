@@ -39,10 +39,19 @@ class Parts:
         return self.size > 0
 
 
-def part(model: nn.Module, plan: Plan, parallel: Parallel, rank: int, samples: int, example: Example) -> Parts:
+def part(
+    model: nn.Module,
+    plan: Plan,
+    parallel: Parallel,
+    rank: int,
+    samples: int,
+    example: Example,
+    before_tracing: Callable[[], None],
+) -> Parts:
     """Cut the model, in place, to the stages of ``rank``, so that all cost about the same in a forward pass.
 
-    By the plan's chain, or the one its forward turns out to be, or by tracing. ``samples`` are those of each step.
+    By the plan's chain, or the one its forward turns out to be, or by tracing, which ``before_tracing`` may refuse.
+    ``samples`` are those of each step.
     Raises :class:`UserError` for a model that cannot be cut so often, and a number of micro-batches that does not fit.
     """
     schedule, size = schedule_of(parallel, samples)
@@ -50,6 +59,7 @@ def part(model: nn.Module, plan: Plan, parallel: Parallel, rank: int, samples: i
     found = plan.chain or discovered(model, inputs)
     if found and (plan.chain or len(found) >= len(owners)):
         return Parts(model, dict(_chained(model, replace(plan, chain=found), inputs, owners, rank)), owners)
+    before_tracing()
     return Parts(model, dict(_traced(model, plan, inputs, owners, rank)), owners, size)
 
 

@@ -69,14 +69,16 @@ class Trace(nn.Module):
 
 
 def traced(model: nn.Module, inputs: tuple[Any, ...], begins: Sequence[str]) -> list[TracedStage]:
-    """The model in stages, each but the first beginning with the module of that name.
+    """The model in stages, each but the first beginning with the module of that name, all it saves in one of them.
 
     ``inputs`` are those of one micro-batch. Raises :class:`UserError` with the line that cannot be traced.
     """
     training = _traces(_trace(model.train(), inputs, begins), len(begins) + 1)
     evaluation = _traces(_trace(model.eval(), inputs, begins), len(begins) + 1)
     model.train()
-    return [TracedStage(*both) for both in zip(training, evaluation, strict=True)]
+    stages = [TracedStage(*both) for both in zip(training, evaluation, strict=True)]
+    _give_unused(model, stages)
+    return stages
 
 
 def keep_tensors(model: nn.Module, stages: Sequence[TracedStage]) -> None:
@@ -99,6 +101,21 @@ def adopt(model: nn.Module, stages: Iterable[nn.Module]) -> None:
         for name, parameter in stage.training_trace.part.named_parameters():
             path, _, last = name.rpartition(".")
             model.get_submodule(path)._parameters[last] = parameter
+
+
+def _give_unused(model: nn.Module, stages: Sequence[TracedStage]) -> None:
+    """The first stage gets what is saved with the model and no trace has use for, under its name in the model."""
+    used = {id(tensor) for stage in stages for tensor in (*stage.parameters(), *stage.buffers())}
+    saved = model.state_dict().keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) in used or name not in saved:
+            continue
+        path, _, last = name.rpartition(".")
+        part: Any = stages[0].training_trace.part
+        if path and path not in dict(part.named_modules()):
+            part.add_submodule(path, nn.Module())
+        kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        getattr(part.get_submodule(path), f"register_{kind}")(last, tensor)
 
 
 def _trace(model: nn.Module, inputs: tuple[Any, ...], begins: Sequence[str]) -> Pipe:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from dltrain.parallel.pipeline.discover import discovered
 from dltrain.parallel.pipeline.parts import part
 from dltrain.parallel.pipeline.trace import traced
 from dltrain.parallel.plan import Plan
-from dltrain.testing.ranks import run_ranks
-from tests.parallel.matrix import LAYOUTS, Skipping, train
+from dltrain.testing.ranks import RankError, run_ranks
+from tests.parallel.matrix import HALF, LAYOUTS, Skipping, train
 
 IMAGES = torch.randn(2, 3, 8, 8)
 
@@ -40,6 +42,33 @@ def test_someones_own_model_gives_the_numbers_of_one_process(family: str, name: 
         assert each.norms == pytest.approx(expected.norms, rel=1e-4)
         assert not each.evaluated or each.evaluated == pytest.approx(expected.evaluated, abs=1e-4)
     assert {name for each in found for name in each.weights} == expected.weights.keys()
+
+
+UNUSED = [
+    ("fsdp 2", {"optim.ema": 0.9}, True),
+    ("pp 2, zb-v", {}, False),
+    ("pp 2 x fsdp 2", {"optim.ema": 0.9}, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [pytest.param(*case[:2], marks=[pytest.mark.slow] if case[2] else [], id=case[0]) for case in UNUSED],
+)
+def test_what_the_forward_has_no_use_for_stays_as_it_is_and_is_saved(
+    name: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    layout, expected = LAYOUTS[name], run_ranks(train, 1, 1, "wasteful", more)[0]
+    settings = {**layout.overrides, **more}
+    run_ranks(train, layout.ranks, layout.ranks, "wasteful", settings, "", str(tmp_path), HALF)
+    for overrides, ranks in ((settings, layout.ranks), (more, 1)):
+        found = run_ranks(train, ranks, ranks, "wasteful", overrides, str(tmp_path))
+        assert found[0].losses == pytest.approx(expected.losses[HALF:], abs=1e-5)
+        weights = {name: value for each in found for name, value in each.weights.items()}
+        assert weights.keys() == expected.weights.keys()
+        for key in expected.weights:
+            if key.startswith("idle"):
+                assert torch.equal(weights[key], expected.weights[key])
 
 
 def test_a_chain_is_found_where_the_forward_is_one() -> None:
@@ -87,7 +116,27 @@ def test_the_line_that_cannot_be_traced_is_told() -> None:
     assert re.search(r"line \d+ of test_trace.py \(if values.sum\(\) > 0:  # here\) cannot be traced", str(error.value))
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"parallel.meta": True}, "parallel.meta is true, and parallel.pp cuts Idle by tracing"),
+        ({"precision.batch_norm": "synchronised"}, "precision.batch_norm is synchronised, and parallel.pp cuts"),
+    ],
+)
+def test_what_goes_by_modules_is_refused_before_a_trace(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(RankError, match=words):
+        run_ranks(train, 2, 2, "wasteful", {"parallel.pp": 2, **more})
+
+
 def test_a_model_with_too_few_blocks_is_told() -> None:
     shallow = Skipping()
     with pytest.raises(UserError, match="the pipeline has 8 stages, and the plan of Skipping finds 5 modules"):
-        part(shallow, Plan.auto(shallow), Parallel(pp=8), 0, 16, lambda samples: (torch.zeros(samples, 3, 8, 8),))
+        part(
+            shallow,
+            Plan.auto(shallow),
+            Parallel(pp=8),
+            0,
+            16,
+            lambda samples: (torch.zeros(samples, 3, 8, 8),),
+            lambda: None,
+        )
