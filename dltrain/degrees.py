@@ -76,13 +76,18 @@ def _product(degrees: dict[str, int]) -> str:
 def nearest_legal(
     parallel: Parallel, environment: Environment, fits: Callable[[Degrees], bool] = lambda _: True
 ) -> str:
-    """Up to three layouts that this world has and that ``fit``, as settings, those that change the least first."""
+    """Up to three layouts that this world has and that ``fit``, as the options that make them of ``parallel``, those
+    that change the least first."""
     found = sorted(filter(fits, _legal(environment)), key=lambda degrees: _distance(parallel, degrees))
-    settings = [
-        " ".join(f"{name} {value}" for name, value in each._asdict().items() if name != "cp" or value > 1)
-        for each in found[:3]
-    ]
-    return ", or ".join(settings) or "none"
+    return ", or ".join(_options(parallel, degrees) for degrees in found[:3]) or "none"
+
+
+def _options(parallel: Parallel, degrees: Degrees) -> str:
+    changed = {name: value for name, value in degrees._asdict().items() if getattr(parallel, name) != value}
+    shards = changed.get("dp_shard", parallel.dp_shard)
+    if parallel.dp_replicate == -1 and shards != -1:
+        changed.pop("dp_replicate", None)  # takes the ranks that are left
+    return " ".join(f"--parallel.{name} {value}" for name, value in changed.items())
 
 
 def _legal(environment: Environment) -> Iterator[Degrees]:

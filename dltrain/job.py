@@ -40,7 +40,7 @@ from dltrain.hooks.records import Records
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
-from dltrain.parallel.checks import check_layout
+from dltrain.parallel.checks import check_layout, layout_for_scoring
 from dltrain.parallel.weights import Weights
 from dltrain.planning import plan
 from dltrain.recipes import Declarations, describe_module, recipe_name
@@ -125,7 +125,6 @@ def train(job: Job) -> int:
 
 def evaluate_run(job: Job, run: RunFolder) -> int:
     """Score a run's best checkpoint (or its last) on the held-out samples and write its report."""
-    check_layout(job.config, job.environment, batch=False)
     storage.configure(job.config.storage)
     with joined(job.config, job.environment) as device:
         task = job.task(job.config)
@@ -172,6 +171,9 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
     run = find_run(known.run)
     record = run.read()
     config = load_overrides(from_tree(recipe.config, record["config"], str(run.record)), overrides)
+    config, other = layout_for_scoring(config, environment, overrides)
+    if other:
+        say(environment, other)
     return evaluate_run(Job(task, recipe.name, record["preset"], config, environment), run)
 
 

@@ -25,9 +25,18 @@ NotNegative = Field(default=0, ge=0)
 AUTO = -1
 """The number that 'auto' stands for."""
 
+
+def _samples(value: Any) -> int:
+    if value in ("auto", AUTO):
+        return AUTO
+    if not str(value).isdecimal():
+        raise ValueError("give a number of samples, 0 for all of them, or auto")
+    return int(value)
+
+
 MicroBatch = Annotated[
     int,
-    BeforeValidator(lambda value: AUTO if value == "auto" else value),
+    BeforeValidator(_samples),
     PlainSerializer(lambda value: "auto" if value == AUTO else value, when_used="json"),
 ]
 
@@ -255,7 +264,7 @@ class Parallel(Section):
     """Stages on each rank of a pipeline; 0 takes 1 for gpipe and 1f1b, 2 for the others."""
     reshard_after_forward: bool = True
     """Free gathered parameters after the forward pass (ZeRO-3) or keep them for the backward pass (ZeRO-2)."""
-    micro_batch: MicroBatch = Field(default=0, ge=AUTO)
+    micro_batch: MicroBatch = 0
     """Most samples per rank in one forward pass; gradients accumulate over the rest. 0 takes all at once, and in a
     pipeline as many micro-batches as it has stages, at least twice `pp`. 'auto' measures, before the run, what every
     rank has the GPU memory for."""

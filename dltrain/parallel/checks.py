@@ -8,7 +8,9 @@ What needs the model (heads against ``parallel.tp``, its depth against the stage
 
 from __future__ import annotations
 
-from dltrain.config import Config
+from collections.abc import Iterable
+
+from dltrain.config import Config, Parallel
 from dltrain.config.tree import AUTO
 from dltrain.degrees import Degrees, degrees_of, nearest_legal
 from dltrain.errors import UserError
@@ -38,6 +40,27 @@ def check_layout(config: Config, environment: Environment, batch: bool = True) -
         if degrees.pp > 1:
             _check_pieces(config, degrees)
     return degrees
+
+
+def layout_for_scoring(config: Config, environment: Environment, given: Iterable[str]) -> tuple[Config, str]:
+    """A run's config on other ranks than it was trained on: in the default layout where its own does not fit them, with
+    the sentence that says so, else as it is.
+
+    Raises :class:`UserError` as :func:`check_layout` does where the layout is of settings ``given`` now.
+    """
+    try:
+        check_layout(config, environment, batch=False)
+    except UserError as error:
+        if any(name.startswith("parallel.") for name in given):
+            raise
+        size, timeout = config.parallel.micro_batch, config.parallel.timeout
+        usual = config.replace(
+            parallel=Parallel(micro_batch=size, timeout=timeout), precision=config.precision.replace(reduce="fp32")
+        )
+        check_layout(usual, environment, batch=False)
+        reason = str(error).partition(";")[0]
+        return usual, f"scored under the default layout, for the run's does not fit: {reason}"
+    return config, ""
 
 
 def _check_tokens(config: Config, degrees: Degrees) -> None:

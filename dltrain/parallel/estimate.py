@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from dltrain.config import Config, Parallel
 from dltrain.data.batch import Batch
-from dltrain.degrees import Degrees
+from dltrain.degrees import Degrees, nearest_legal
 from dltrain.errors import UserError
 from dltrain.parallel.alone import Shares
 from dltrain.parallel.checks import check_layout
@@ -129,8 +129,9 @@ class Study:
             except UserError as error:
                 self.refused.append(str(error))
         if not found:
-            reason = f"; the first was refused, for {self.refused[0]}" if self.refused else ""
-            raise UserError(f"no layout of these settings suits {cluster.world} ranks{reason}")
+            near = nearest_legal(self._config.parallel, Environment(0, cluster.world, 0, cluster.node_ranks))
+            reason = f"the first was refused, for {self.refused[0]}" if self.refused else f"there are {near}"
+            raise UserError(f"no layout of these settings suits {cluster.world} ranks; {reason}")
         return sorted(found, key=lambda each: (not each.fits, -each.samples_per_second, each.memory.peak))
 
     def estimate(self, parallel: Parallel, cluster: Cluster) -> Estimate:

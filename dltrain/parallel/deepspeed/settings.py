@@ -72,8 +72,8 @@ def deepspeed_settings(config: Config, data_ranks: int, device: torch.device) ->
 def _read(path: str) -> dict[str, Any]:
     try:
         tree = json.loads(storage.read(path))
-    except FileNotFoundError:
-        raise UserError(f"parallel.deepspeed.config is {path!r}, where there is no file") from None
+    except UserError as error:
+        raise UserError(f"parallel.deepspeed.config is {path!r}: {error}") from None
     except ValueError as error:
         raise UserError(f"parallel.deepspeed.config: {path} is not JSON: {error}") from None
     if not isinstance(tree, dict):
