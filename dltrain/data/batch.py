@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 from dltrain.data.encoded import EncodedCrops
+from dltrain.errors import UserError
+
+
+class Fields(dict[str, Tensor]):
+    """Tensors by name; asked for one that is not there, it says which are."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise UserError(f"the batch has no field {name!r}; Task.sample returned {', '.join(map(repr, self))}")
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,9 @@ class Batch:
     position: Tensor
     host: Batch | None = None
     encoded: Mapping[str, EncodedCrops] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", Fields(self.fields))
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -16,6 +16,7 @@ from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.optim.freezing import freeze
 from dltrain.optim.optimizer import build_optimizer
+from dltrain.parallel.alone import refuse_misfit
 from dltrain.parallel.batch_norm import synchronise
 from dltrain.parallel.checkpointing import checkpoint_units
 from dltrain.parallel.compiling import compile_each
@@ -41,6 +42,9 @@ from dltrain.task import Task
 Example = Callable[[], Batch]
 """Some batch of training samples, on the host."""
 
+_FEW = 2
+"""Samples that tell whether layers fit together."""
+
 
 def parallelize(
     task: Task,
@@ -55,9 +59,10 @@ def parallelize(
     1. Build on the CPU under the run's seed, and fill in ``weights`` that were trained before: the same on every rank,
        whatever the layout; or without memory, to be filled after step 8. What is frozen is so from here on. A task that
        spreads its model by itself does so now, instead of what follows.
-    2. Find what the plan names, in the whole model; its linear layers multiply in float8, if they are to.
-    3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``, which a pipeline
-       alone needs. Batch norms take their statistics over all data ranks, if they are to.
+    2. Find what the plan names, in the whole model; layers that it splits must fit together for the ``example``. Its
+       linear layers multiply in float8, if they are to.
+    3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``. Batch norms take
+       their statistics over all data ranks, if they are to.
     4. Move to the device, in the memory format asked for.
     5. Split layers over the ranks of tensor parallelism; share tokens out over those of context parallelism.
     6. Activation checkpointing of the units; of whole stages, where they are traced.
@@ -70,7 +75,7 @@ def parallelize(
     model, blueprint = _built(task, config, weights)
     if brings_its_own(task) and mesh.devices is not None:
         return parallelize_by_task(task, model, config, mesh, device)
-    named, names, shared = _named(task, model, config, mesh, device), trained(model), ties(model)
+    named, names, shared = _named(task, model, config, mesh, device, example), trained(model), ties(model)
     parts = _part(task, model, named.plan, config, mesh, device, example) if mesh.pp > 1 else None
     traced = parts is not None and parts.traced
     if config.precision.batch_norm == "synchronised":
@@ -134,8 +139,12 @@ def _built(task: Task, config: Config, weights: Weights | None) -> tuple[nn.Modu
     return model, blueprint
 
 
-def _named(task: Task, model: nn.Module, config: Config, mesh: Mesh, device: torch.device) -> _Named:
+def _named(
+    task: Task, model: nn.Module, config: Config, mesh: Mesh, device: torch.device, example: Example | None
+) -> _Named:
     plan = task.plan() or Plan.auto(model)
+    if mesh.tp > 1 and example is not None:
+        refuse_misfit(model, plan, mesh.tp, _inputs(task, example(), _FEW, config, device))
     if config.precision.float8:
         multiply_in_float8(plan.modules(model), device)
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
@@ -152,14 +161,19 @@ def _part(
     """Cut the model, in place, to this rank's stages."""
     if example is None:
         raise AssertionError("a pipeline is cut by an example")
-    batch = example().to(device).to(torch.device("cpu"))  # images may be decoded by the device
+    batch = example()
 
     def inputs(samples: int) -> tuple[Any, ...]:
-        piece = next(batch.padded(max(samples, len(batch))).split(samples))
-        return inputs_of(task, piece, config.precision)
+        return _inputs(task, batch, samples, config, device)
 
     may_trace = partial(_refuse_traced, model, config, mesh)
     return part(model, plan, config.parallel, mesh.pp_rank, len(batch), inputs, may_trace)
+
+
+def _inputs(task: Task, batch: Batch, samples: int, config: Config, device: torch.device) -> tuple[Any, ...]:
+    """The model's arguments for so many samples, on the host; images may be decoded by the device."""
+    batch = next(batch.split(samples)).to(device).to(torch.device("cpu"))
+    return inputs_of(task, batch.padded(max(samples, len(batch))), config.precision)
 
 
 def _refuse_traced(model: nn.Module, config: Config, mesh: Mesh) -> None:

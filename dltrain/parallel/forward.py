@@ -22,8 +22,13 @@ COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def inputs_of(task: Task, batch: Batch, precision: Precision) -> tuple[Any, ...]:
-    """The model's arguments, images channels last where that is asked for."""
+    """The model's arguments, images channels last where that is asked for. Raises :class:`UserError` for no tuple."""
     inputs = task.inputs(batch)
+    if not isinstance(inputs, tuple):
+        raise UserError(
+            f"{type(task).__name__}.inputs() returned {type(inputs).__name__}; return a tuple of the model's "
+            "arguments, such as (images,)"
+        )
     return tree_map(_to_channels_last, inputs) if precision.channels_last else inputs
 
 

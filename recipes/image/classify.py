@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dltrain import Batch, Config, Plan, Sample, Task, main, preset
+from dltrain import Batch, Config, Plan, Sample, Task, UserError, main, preset
 from dltrain.config import Data, Evaluation, Length, Logging, Model, Optim, Run, Schedule
 from dltrain.data.decode import decode_field, decode_label, encode_crop
 from dltrain.metrics.classification import Classification
@@ -104,10 +104,23 @@ class Classify(Task):
         label = decode_label(sample, model.classes)
         if model.crop:
             return {"image": encode_crop(sample, model.image, model.size, random), "cls": label}
-        image = decode_field(sample, model.image)
+        image = self._sized(decode_field(sample, model.image), sample.where)
         if random is not None and model.shift:
             image = shifted(image, *random.integers(-model.shift, model.shift + 1, size=2))
         return {"image": image, "cls": label}
+
+    def _sized(self, image: np.ndarray, where: str) -> np.ndarray:
+        model = self.config.model
+        if image.shape[:2] != (model.size, model.size):
+            pixels = "x".join(map(str, image.shape[:2]))
+            raise UserError(
+                f"{where} has an image of {pixels} pixels, and model.size is {model.size}; give its size, or "
+                "model.crop true"
+            )
+        channels = image.shape[2] if image.ndim == 3 else 1
+        if model.name in ("small_cnn", "vit") and channels != model.channels:
+            raise UserError(f"{where} has an image of {channels} channels; give model.channels {channels}")
+        return image
 
     def model(self) -> nn.Module:
         model = self.config.model

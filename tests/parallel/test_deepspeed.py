@@ -312,6 +312,13 @@ def test_a_json_that_says_something_else_is_refused_in_one_sentence(
     assert "\n" not in str(error.value)
 
 
+def test_a_json_that_is_not_there_is_told(tmp_path: Path) -> None:
+    path = str(tmp_path / "none.json")
+    config = load_overrides(Config(), {"parallel.engine": "deepspeed", "parallel.deepspeed.config": path})
+    with pytest.raises(UserError, match=r"config is .*none\.json.: there is no file .*none\.json"):
+        deepspeed_settings(config, 2, CPU)
+
+
 def test_an_adam_of_the_json_is_adamw_as_deepspeed_takes_it(settings: Settings) -> None:
     assert settings({"optimizer": {"type": "Adam"}})
     with pytest.raises(UserError, match=r"adam_w_mode is False in .* must be True"):

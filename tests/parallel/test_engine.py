@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dltrain.config import Config, load_overrides
 from dltrain.data.batch import Batch
+from dltrain.errors import UserError
 from dltrain.hooks.base import Request
 from dltrain.mesh import build_mesh
 from dltrain.models.vision import small_cnn
@@ -262,6 +263,28 @@ def test_compiled_training_agrees_with_eager(one_process: Any) -> None:
     losses, _, weights = run_ranks(train, 1, 1, {"precision.compile": True}, seconds=180)[0]
     assert losses == pytest.approx(one_process[0], abs=1e-5)
     assert weights.keys() == one_process[2].keys()  # compilation leaves no mark in the names
+
+
+class WithoutTuple(Regression):
+    def inputs(self, batch: Batch) -> Tensor:  # type: ignore[override]
+        return batch.fields["x"]
+
+
+class OfAnotherField(Regression):
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return (outputs - batch.fields["target"]).square().mean(1)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (WithoutTuple, r"WithoutTuple.inputs\(\) returned Tensor; return a tuple of the model's arguments"),
+        (OfAnotherField, "the batch has no field 'target'; Task.sample returned 'x', 'y', 'mask'"),
+    ],
+)
+def test_what_a_task_gets_wrong_about_its_batch_is_told(task: type[Regression], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        engine_for(0, 1, {}, task).forward_backward(share_of(0, 0, 1), torch.tensor(10.0))
 
 
 def test_a_plan_that_matches_nothing_is_refused() -> None:

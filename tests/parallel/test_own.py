@@ -49,6 +49,13 @@ class Apart(Images):
         return model
 
 
+class HalfApart(Images):
+    """Shards are added up, replicas of them are not."""
+
+    def parallelize(self, model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module:
+        return fully_shard(model, mesh=mesh["dp_shard"])
+
+
 class Renaming(Images):
     def parallelize(self, model: nn.Module, mesh: DeviceMesh, config: Config) -> nn.Module:
         return nn.Sequential(model)
@@ -122,6 +129,14 @@ def test_one_process_is_not_asked_to_spread() -> None:
         (Renaming, {"parallel.tp": 2}, "changed which parameters there are: '0.blocks.0.attention.key.bias'"),
         (Nothing, {}, "Nothing.parallelize.. returned NoneType"),
         (Own, {"parallel.pp": 2}, "spreads a whole model, and parallel.pp is 2; give parallel.pp 1"),
+        (HalfApart, {}, r"has gradients meet over 1 rank\(s\), and there are 2 with samples of their own"),
+        (
+            Own,
+            {"parallel.dp_shard": 2, "parallel.activation_checkpointing": "full"},
+            "parallel.activation_checkpointing is for the library to do, and Own.parallelize.. spreads the model",
+        ),
+        (Own, {"parallel.dp_shard": 2, "precision.reduce": "bf16"}, "precision.reduce is for the library to do"),
+        (Own, {"parallel.cp": 2}, "parallel.cp is for the library to do"),
     ],
 )
 def test_what_could_not_be_trained_rightly_is_refused(task: type[Images], overrides: Any, words: str) -> None:

@@ -141,6 +141,15 @@ def test_it_is_kept_by_a_resume(url: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert second.engine.micro_batch == 5
 
 
+def test_it_is_found_anew_where_the_layout_is_another(url: str) -> None:
+    first = trainer(url, evaluate=False, parallel__micro_batch="auto", run__length="2st")
+    first.fit()
+    second = trainer(url, evaluate=False, parallel__micro_batch="auto", parallel__timeout=60.0, run__length="4st")
+    second.load_state_dict({**first.state_dict(), "micro_batch": 5})
+    second.fit()
+    assert second.engine.micro_batch == 16
+
+
 def test_it_is_refused_where_it_says_more_than_a_size() -> None:
     config = load_overrides(Config(), {**AUTOMATIC, "parallel.pp": 2})
     with pytest.raises(UserError, match=r"parallel\.micro_batch is auto, .* give a number"):

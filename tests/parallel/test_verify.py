@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from dltrain.verification import Bounds, Recorded, compare
+from dltrain.verification import Bounds, Recorded, compare, stilled
 from tests.conftest import TINY, Cli
 
 DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
@@ -61,6 +62,27 @@ def test_a_model_that_depends_on_the_layout_is_found(cli: Cli, tmp_path: Path) -
     assert "NOT THE SAME" in done.out
     assert done.result["parameter"] in done.out
     assert "NOT THE SAME: losses within 1e-05, the others 3e-05; gradients depart from 1.weight on" in done.out
+
+
+def test_nothing_is_left_to_chance() -> None:
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True),
+            "recurrent": nn.LSTM(8, 8, num_layers=2, dropout=0.5, batch_first=True),
+            "dropout": nn.Dropout(0.5),
+            "norm": nn.BatchNorm1d(8),
+        }
+    )
+    stilled(model).train()
+    values = torch.randn(3, 5, 8)
+
+    def passed() -> list[torch.Tensor]:
+        normed = model["norm"](model["dropout"](values[:, 0]))
+        return [model["attention"](values, values, values)[0], model["recurrent"](values)[0], normed]
+
+    first = passed()
+    assert all(torch.equal(one, two) for one, two in zip(first, passed(), strict=True))
+    assert torch.equal(model["norm"].running_mean, torch.zeros(8))
 
 
 def test_mistakes_are_one_sentence(cli: Cli) -> None:

@@ -29,9 +29,12 @@ def discovered(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def to_meta(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy of both that computes nothing, in evaluation mode."""
+    """A copy of both that computes nothing and takes no memory, in evaluation mode."""
     moved = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, inputs)
-    return deepcopy(model).to("meta").eval(), moved
+    blank: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        blank[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return deepcopy(model, blank).to("meta").eval(), moved
 
 
 def _watched(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, list[_Call]]:

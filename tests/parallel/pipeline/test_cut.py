@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dltrain.errors import UserError
 from dltrain.models.vision import vit
-from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep
+from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep, refuse_other_forward
 from dltrain.parallel.plan import Plan
 
 
@@ -90,3 +90,42 @@ class Loose(nn.Module):
 def test_a_model_that_cannot_be_cut_is_told_why(plan: Plan, tied: bool, words: str) -> None:
     with pytest.raises(UserError, match=words):
         chain(Loose(tied), plan)
+
+
+class Between(nn.Module):
+    """Doubles what its first layer gives, if it is to, before the second takes it; and what the second gives."""
+
+    def __init__(self, doubled: str = "") -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self._doubled = doubled
+
+    def forward(self, values: Tensor) -> Tensor:
+        middle = self.first(values)
+        last: Tensor = self.second(2 * middle if self._doubled == "middle" else middle)
+        return 2 * last if self._doubled == "last" else last
+
+
+@pytest.mark.parametrize(
+    ("plan", "doubled", "words"),
+    [
+        (Plan(chain=("second", "first")), "", "is second, first, and its forward calls first, second; name modules in"),
+        (Plan(chain=("first", "second")), "middle", "gives second what first returned, and its forward gives it somet"),
+        (
+            Plan(chain=("first", "second"), with_inputs=("second",)),
+            "",
+            "gives second what first returned and the model's inputs, and its forward gives it something else",
+        ),
+        (
+            Plan(chain=("first", "second")),
+            "last",
+            "ends with second, and its forward returns something else; move what",
+        ),
+    ],
+)
+def test_a_chain_that_is_not_the_forward_is_refused(plan: Plan, doubled: str, words: str) -> None:
+    whole, inputs = Between(doubled), (torch.zeros(2, 4),)
+    with pytest.raises(UserError, match=words):
+        refuse_other_forward(whole, chain(whole, plan), inputs)
+    straight = Between()
+    refuse_other_forward(straight, chain(straight, Plan(chain=("first", "second"))), inputs)
