@@ -32,6 +32,10 @@ def test_a_run_goes_on_under_another_layout(cli: Cli) -> None:
     assert Path(second.result["run"]).name == "mine"
     scored = cli("eval", second.result["run"], "--nproc", "2", "--parallel.dp_shard", "2", "--parallel.pp", "1")
     assert scored.status == 0, scored.err
+    alone = cli("eval", second.result["run"])
+    assert alone.status == 0, alone.err
+    assert "scored under the default layout, for the run's does not fit: parallel.pp 2 x" in alone.err
+    assert alone.result["mase"] == pytest.approx(scored.result["mase"], abs=1e-5)
     best = {"step-00000004": first, "step-00000008": second}[Path(scored.result["checkpoint"]).name]
     assert scored.result["mase"] == pytest.approx(best.result["mase"], abs=1e-5)
 
