@@ -1,9 +1,9 @@
 """Activation checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016): activations that the
 backward pass needs are computed again rather than kept.
 
-`full` keeps what enters a unit of the plan and computes the unit anew. `selective` keeps, inside each unit, the results
-of matrix products, convolutions, attention and collectives, and computes what is cheap anew, as torchtitan's "selective
-op" does. `budget` leaves to the compiler what to keep, within a share of what it would keep by itself.
+`full` keeps what enters a unit of the plan and computes the unit anew. `selective` keeps what is dear inside each unit
+and computes what is cheap anew (``selective.py``). `budget` leaves to the compiler what to keep, within a share of what
+it would keep by itself.
 
 A unit's ``forward`` is wrapped, not the unit, so that parameters keep their names. Random state is that of the forward
 pass, so dropout is the same.
@@ -18,36 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from dltrain.config import Config
 from dltrain.errors import UserError
+from dltrain.parallel.selective import selectively, selectively_compiled
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """Makes what surrounds a forward pass and its repetition."""
-
-_ATEN, _COLLECTIVES = torch.ops.aten, torch.ops._c10d_functional
-_KEPT = {
-    _ATEN.mm.default,
-    _ATEN.addmm.default,
-    _ATEN.bmm.default,
-    _ATEN.baddbmm.default,
-    _ATEN.linear.default,
-    _ATEN._scaled_mm.default,  # of float8
-    _ATEN.convolution.default,
-    _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    _ATEN._scaled_dot_product_efficient_attention.default,
-    _ATEN._scaled_dot_product_cudnn_attention.default,
-    _COLLECTIVES.all_reduce.default,
-    _COLLECTIVES.all_gather_into_tensor.default,
-    _COLLECTIVES.reduce_scatter_tensor.default,
-}
 
 
 def checkpoint_units(units: Sequence[nn.Module], config: Config, elsewhere: bool = False) -> None:
@@ -85,30 +63,19 @@ def compute_again(units: Sequence[nn.Module], kind: str, compiled: bool = False)
 def _wrapped(unit: nn.Module, kind: str, compiled: bool) -> Any:
     # the compiler writes buffers once by itself, and takes no contexts but torch's own
     if not compiled and any(True for _ in unit.buffers()):
-        plain = _selectively if kind == "selective" else noop_context_fn
-        return partial(_with_buffers, partial(_buffers_once, unit, plain), unit.forward)
-    return partial(_selective if kind == "selective" else _full, unit.forward)
+        plain: Contexts = selectively if kind == "selective" else noop_context_fn
+        return partial(_within, partial(_buffers_once, unit, plain), unit.forward)
+    if kind == "full":
+        return partial(_full, unit.forward)
+    return partial(_within, selectively_compiled if compiled else selectively, unit.forward)
 
 
 def _full(forward: Any, *values: Any, **named: Any) -> Any:
     return checkpoint(forward, *values, use_reentrant=False, **named)
 
 
-def _selective(forward: Any, *values: Any, **named: Any) -> Any:
-    return checkpoint(forward, *values, use_reentrant=False, context_fn=_selectively, **named)
-
-
-def _with_buffers(contexts: Contexts, forward: Any, *values: Any, **named: Any) -> Any:
+def _within(contexts: Contexts, forward: Any, *values: Any, **named: Any) -> Any:
     return checkpoint(forward, *values, use_reentrant=False, context_fn=contexts, **named)
-
-
-def _selectively() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    contexts: Any = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-    return contexts[0], contexts[1]
-
-
-def _policy(context: Any, operation: Any, *values: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _buffers_once(unit: nn.Module, plain: Contexts) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

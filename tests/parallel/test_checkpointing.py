@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dltrain.config import Config, load_overrides
 from dltrain.errors import UserError
 from dltrain.models.vision.vit import ViT
-from dltrain.parallel.checkpointing import checkpoint_units
+from dltrain.parallel.checkpointing import checkpoint_units, compute_again
 from dltrain.parallel.plan import Plan
 from dltrain.testing.ranks import run_ranks
 from tests.parallel.matrix import LAYOUTS, train
@@ -85,6 +87,69 @@ def test_dropout_and_names_are_those_of_training_without(kind: str) -> None:
     expected = dict(plain.named_parameters())
     assert list(expected) == [name for name, _ in again.named_parameters()]
     assert all(torch.equal(value.grad, expected[name].grad) for name, value in again.named_parameters())
+
+
+class Overwriting(nn.Module):
+    """Writes into the result of a product: what activations in place do, and the sum of a bias."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.conv, self.bias, self._how = nn.Linear(6, 6), nn.Conv2d(3, 3, 3), nn.Linear(6, 1), how
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self._how == "activation":
+            return torch.relu_(self.linear(values)).exp()
+        if self._how == "convolution":
+            return torch.relu_(self.conv(values)).exp()
+        if self._how == "twice":
+            return torch.relu_(self.linear(values).add_(1)).exp()
+        product = values @ self.linear.weight
+        product += self.bias.weight
+        return product.exp()
+
+
+@pytest.mark.parametrize(
+    ("how", "shape"),
+    [
+        ("activation", (2, 6)),
+        ("activation", (2, 4, 6)),
+        ("convolution", (2, 3, 6, 6)),
+        ("twice", (2, 4, 6)),
+        ("sum", (4, 6)),
+        ("sum", (2, 4, 6)),
+    ],
+)
+def test_what_is_written_into_is_kept_as_it_was(how: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    plain, values = Overwriting(how), torch.randn(*shape)
+    again = deepcopy(plain)
+    compute_again([again], "selective")
+    for model in (plain, again):
+        model(values.clone().requires_grad_()).square().sum().backward()
+    found = [parameter.grad for parameter in again.parameters() if parameter.grad is not None]
+    expected = [parameter.grad for parameter in plain.parameters() if parameter.grad is not None]
+    assert expected
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+class Product(nn.Module):
+    """Returns a product that its own backward pass needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        product = self.linear(values)
+        return product, product.sigmoid() * product
+
+
+def test_a_product_that_is_written_into_outside_of_its_unit_is_refused() -> None:
+    unit = Product()
+    compute_again([unit], "selective")
+    product, rest = unit(torch.randn(2, 6))
+    with pytest.raises(UserError, match="was written into outside of it; let the plan's unit take in the module"):
+        (rest + product.detach().mul_(2)).sum().backward()
 
 
 def statistics(kind: str) -> list[Tensor]:
