@@ -159,7 +159,7 @@ def test_an_index_goes_beside_the_shards_or_elsewhere(run: Run, tmp_path: Path) 
         (["convert", "d", "d"], "there is a data set at d; write to another URL"),
         (["convert", "d", "out", "--workers", "0"], "--workers is 0; give 1 or more"),
         (["convert", "d", "out", "--bytes-per-shard", "many"], "--bytes-per-shard is 'many'; give bytes with a unit"),
-        (["convert", "d", "out", "--bytes-per-shard", "0"], "0 bytes holds nothing; give more"),
+        (["convert", "d", "out", "--bytes-per-shard", "0B"], "0 bytes holds nothing; give more"),
         (["convert", "d", "out", "--fields", "=x"], "--fields is '=x'; give fields by column"),
         (["convert", "d", "out", "--series", "x"], "--series does not go with --from tar"),
         (["convert", "d", "out", "--fields", "x=y"], "there is no column 'y'"),
