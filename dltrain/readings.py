@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dltrain.errors import UserError
 from dltrain.hooks.base import NOTHING, Request
+from dltrain.runtime.on_the_way import OnTheWay
 
 
 @dataclass(slots=True)
@@ -52,32 +53,6 @@ def refuse_vanished(reading: Reading) -> None:
         )
 
 
-class _OnTheWay:
-    """Scalars of the device that will be numbers on the host, once asked for."""
-
-    __slots__ = ("_ready", "_values")
-
-    def __init__(self, values: list[Tensor], device: torch.device) -> None:
-        self._ready: torch.cuda.Event | None = None
-        self._values: list[Tensor] | Tensor = values
-        if device.type == "cuda":
-            packed = torch.cat([value.reshape(-1).double() for value in values])
-            self._values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self._values.copy_(packed, non_blocking=True)
-            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ready.record()
-
-    def numbers(self) -> list[float]:
-        if self._ready is not None:
-            self._ready.synchronize()
-        if isinstance(self._values, Tensor):
-            return list(self._values.tolist())
-        numbers: list[float] = []
-        for value in self._values:
-            numbers += value.tolist() if value.dim() else [value.item()]
-        return numbers
-
-
 @dataclass(slots=True)
 class _Pending:
     step: int
@@ -85,7 +60,7 @@ class _Pending:
     learning_rate: float
     requests: Request
     # one rank: count, loss sum, norm; several: count, loss sum of the step before, requests, norm; then the loss scale
-    values: _OnTheWay
+    values: OnTheWay
     scaled: bool
 
 
@@ -131,7 +106,7 @@ class Readings:
         self._loss_sum = loss_sum
         values = [self._reduced, norm] if self._distributed else [self._reduced, loss_sum, norm]
         values += [] if loss_scale is None else [loss_scale]
-        on_the_way = _OnTheWay(values, self._device)
+        on_the_way = OnTheWay(values, self._device)
         self._queue.append(_Pending(step, positions, learning_rate, self._requests, on_the_way, loss_scale is not None))
 
     def pop(self, up_to: int) -> Iterator[Reading]:

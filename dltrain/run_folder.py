@@ -1,6 +1,6 @@
 """A run on disk: its folder, ``run.json``, and which runs there are. Imports no torch.
 
-runs/<name>/run.json  config.yaml  recipe.py  metrics.jsonl  tensorboard/  checkpoints/  report/
+runs/<name>/run.json  config.yaml  recipe.py  metrics.jsonl  tensorboard/  checkpoints/  debugger/  report/
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ class RunFolder:
     def quarantine(self) -> Path:
         """Samples that were bad and replaced, a file for each rank that met any."""
         return self.path / "quarantine"
+
+    @property
+    def debugger(self) -> Path:
+        """Statistics of tensors and findings of rules."""
+        return self.path / "debugger"
 
     @property
     def report(self) -> Path:

@@ -244,6 +244,7 @@ class Trainer:
             self._log(reading)
 
     def _log(self, reading: Reading) -> None:
+        self._tell("step_read", reading)
         self._refuse_nonfinite(reading)
         position, samples = reading.position, self.loader.samples
         before = (reading.step - 1, reading.previous)

@@ -59,7 +59,16 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_the_rooms_import_from_their_own_floor_or_below() -> None:
     floors = {"errors": 1, "config": 1, "storage": 1, "runtime": 1, "task": 2, "mesh": 2, "data": 2, "optim": 2}
     floors |= {"degrees": 2}
-    floors |= {"metrics": 2, "parallel": 3, "models": 3, "checkpoint": 4, "hooks": 4, "readings": 4, "evaluation": 4}
+    floors |= {
+        "metrics": 2,
+        "parallel": 3,
+        "models": 3,
+        "checkpoint": 4,
+        "hooks": 4,
+        "debugger": 4,
+        "readings": 4,
+        "evaluation": 4,
+    }
     floors |= {
         "run_folder": 4,
         "trainer": 5,

@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "score a run's best checkpoint and write its report",
     "recipe": "list, show and copy recipes",
     "runs": "list runs",
+    "debug": "show what was found inside a run",
     "shards": "build, index, verify and list shards",
     "demo": "train the digits on two ranks from a local S3 endpoint",
 }

@@ -13,18 +13,22 @@ from __future__ import annotations
 import enum
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.errors import UserError
 from dltrain.parallel.engine import Engine
 
+if TYPE_CHECKING:
+    from dltrain.readings import Reading
+
 EVENTS = (
     "fit_start",
     "step_start",
     "gradients_ready",
     "step_end",
+    "step_read",
     "logged",
     "evaluation_start",
     "evaluation_end",
@@ -87,6 +91,9 @@ class Hook:
 
     def step_end(self, trainer: View) -> Request | None:
         """Weights are updated; ``trainer.step`` counts this step."""
+
+    def step_read(self, trainer: View, reading: Reading) -> Request | None:
+        """The loss and norm of a step are known, a few steps after it; of every step, equal on every rank."""
 
     def logged(self, trainer: View, record: dict[str, Any]) -> Request | None:
         """A record of a logged step, equal on every rank but for timings."""

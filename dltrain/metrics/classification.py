@@ -99,7 +99,7 @@ class Classification:
         return details, pictures
 
     def _count_bins(self, confidence: Tensor, right: Tensor) -> None:
-        place = (confidence * BINS).long().clamp(max=BINS - 1)
+        place = (confidence.nan_to_num() * BINS).long().clamp(max=BINS - 1)  # a model that diverged is scored, too
         for row, values in enumerate((torch.ones_like(confidence), confidence, right)):
             self.sums["bins"][row].index_add_(0, place, values)
 

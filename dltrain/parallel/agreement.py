@@ -18,14 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dltrain.mesh import Mesh
+from dltrain.parallel.pieces import AXES, local_of, split_on
 
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-_AXES = ("dp_replicate", "dp_shard", "tp")
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Agreement:
     def __init__(self, model: nn.Module, optimizer: Optimizer, mesh: Mesh) -> None:
         self._held = list(_held(model))
         self._optimizer, self._mesh = optimizer, mesh
-        groups = {axis: mesh.axis_group(axis) for axis in _AXES}
+        groups = {axis: mesh.axis_group(axis) for axis in AXES}
         self._groups = {axis: group for axis, group in groups.items() if group is not None}
 
     def fault(self) -> str:
@@ -89,12 +87,7 @@ def _held(model: nn.Module) -> Iterator[_Held]:
     named = [(f"parameter {name}", value) for name, value in model.named_parameters()]
     named += [(f"buffer {name}", value) for name, value in model.named_buffers()]  # type: ignore[misc]
     for what, value in named:
-        if not isinstance(value, DTensor):
-            yield _Held(what, value.detach(), frozenset())
-            continue
-        axes = zip(value.device_mesh.mesh_dim_names or (), value.placements, strict=True)
-        split_on = frozenset(axis for axis, placement in axes if not placement.is_replicate())
-        yield _Held(what, value.to_local().detach(), split_on)
+        yield _Held(what, local_of(value), split_on(value))
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

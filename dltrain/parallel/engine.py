@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dltrain.data.batch import Batch
+from dltrain.mesh import Mesh
+from dltrain.parallel.pieces import Piece
 from dltrain.task import Loss
 
 
@@ -21,6 +23,7 @@ class Engine(Protocol):
     """What the loop asks of a layout."""
 
     device: torch.device
+    mesh: Mesh
 
     micro_batch: int
     """Most samples in one forward pass; 0 takes all, and ``AUTO`` is settled by :meth:`settle`."""
@@ -61,6 +64,12 @@ class Engine(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that this rank has, whole or in part, by the names they have in the model alone."""
+        ...
+
+    def pieces(self, kind: str) -> Iterator[Piece]:
+        """This rank's parts of "weights", "gradients", or a state of the optimizer such as "exp_avg", without a copy.
+
+        Gradients are there between :meth:`forward_backward` and :meth:`step`, reduced and not yet clipped."""
         ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:

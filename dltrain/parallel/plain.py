@@ -45,7 +45,7 @@ class PlainEngine(Updating):
         super().__init__(model, optimizer, config, mesh, device, trained(model))
         self.counts = mesh.counts
         self._task, self._wrapped = task, wrapped
-        self._mesh, self._parallel = mesh, config.parallel
+        self._parallel = config.parallel
         self.micro_batch = config.parallel.micro_batch
         self._precision = config.precision
         self._settled = False
@@ -87,7 +87,7 @@ class PlainEngine(Updating):
         if self._settled or not (passes or self.micro_batch == AUTO):
             return
         self._settled, batch = True, peek()
-        groups = self._mesh.groups() if self._precision.compile else []
+        groups = self.mesh.groups() if self._precision.compile else []
         with patiently(groups, self._parallel.timeout), without_trace(self.model, self.optimizer, self.device):
             if self.micro_batch == AUTO:
                 self._find_micro_batch(batch)
@@ -103,7 +103,7 @@ class PlainEngine(Updating):
         self._wrapped.train()
         self.micro_batch = probe(len(batch), partial(self._attempt, batch), self.optimizer, self.device)
         told = f"parallel.micro_batch auto: {self.micro_batch} of {len(batch)} samples at a time"
-        say(self._mesh.environment, f"{told}, which every rank has the memory for")
+        say(self.mesh.environment, f"{told}, which every rank has the memory for")
 
     def _find_unused(self, batch: Batch) -> None:
         """DDP anew, looking for parameters without a gradient, where the model beneath it leaves some on any rank."""
@@ -117,7 +117,7 @@ class PlainEngine(Updating):
         dist.all_reduce(some)
         if some.item():
             named = f"{unused[0]} gets" if unused else "some parameters on another rank get"
-            say(self._mesh.environment, f"{named} no gradient: DDP looks for such parameters in every step")
+            say(self.mesh.environment, f"{named} no gradient: DDP looks for such parameters in every step")
             self._wrapped = replicate(self.model, self.device, parallel, find_unused=True)
 
     def _attempt(self, batch: Batch, samples: int) -> None:

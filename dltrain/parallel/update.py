@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dltrain.parallel.agreement import Agreement
 from dltrain.parallel.data import BufferSync
 from dltrain.parallel.forward import LEAST_COUNT
 from dltrain.parallel.gradients import Norm, add_up, clip, gradients_of, whole
+from dltrain.parallel.pieces import Piece, counted, local_of
 from dltrain.parallel.scaling import LossScale
 
 
@@ -39,7 +41,7 @@ class Updating:
         device: torch.device,
         names: Sequence[str],
     ) -> None:
-        self.model, self.optimizer, self.device = model, optimizer, device
+        self.model, self.optimizer, self.mesh, self.device = model, optimizer, mesh, device
         self._agreement, self._data_ranks = Agreement(model, optimizer, mesh), mesh.data_ranks
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._holds_any = bool(model.state_dict())
@@ -79,6 +81,12 @@ class Updating:
     def fault(self) -> str:
         return self._agreement.fault()
 
+    def pieces(self, kind: str) -> Iterator[Piece]:
+        for name, parameter in self.model.named_parameters():
+            tensor = self._tensor_of(kind, parameter)
+            if tensor is not None and tensor.dim() >= parameter.dim():  # the optimizer also has counts of steps
+                yield Piece(name, local_of(tensor), self._counted[name])
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
@@ -116,6 +124,18 @@ class Updating:
                 yield
             finally:
                 self._reshard()
+
+    @cached_property
+    def _counted(self) -> dict[str, bool]:
+        return counted(dict(self.model.named_parameters()), self.mesh)
+
+    def _tensor_of(self, kind: str, parameter: nn.Parameter) -> Tensor | None:
+        if kind == "weights":
+            return parameter
+        if kind == "gradients":
+            return parameter.grad
+        value = self.optimizer.state.get(parameter, {}).get(kind)
+        return value if isinstance(value, Tensor) else None
 
     def _seed(self, count: Tensor) -> Tensor:
         """What a loss's backward pass begins with, where gradients are averaged over data ranks and a sum is wanted.

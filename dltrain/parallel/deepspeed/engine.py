@@ -30,6 +30,7 @@ from dltrain.optim.optimizer import build_optimizer, set_learning_rate
 from dltrain.parallel.deepspeed.settings import deepspeed_settings
 from dltrain.parallel.deepspeed.state import ZeroState
 from dltrain.parallel.gradients import clip, gradients_of
+from dltrain.parallel.pieces import Piece
 from dltrain.parallel.plain import PlainEngine
 from dltrain.runtime.process_group import join_alone
 from dltrain.task import Task
@@ -109,6 +110,14 @@ class DeepSpeedEngine(PlainEngine):
         norm = self._step_replicas(max_norm) if self._zero is None else self._step_shards(max_norm)
         self._sync_buffers(norm)
         return norm
+
+    def pieces(self, kind: str) -> Iterator[Piece]:
+        """Under ZeRO whole, on every rank, and rank 0 counts: its shards have no names."""
+        if self._zero is None:
+            yield from super().pieces(kind)
+            return
+        for name, tensor in self._zero.tensors(kind):
+            yield Piece(name, tensor.detach(), self.mesh.environment.is_main)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         return super().gradients() if self._zero is None else self._zero.gradients()

@@ -42,6 +42,18 @@ class ZeroState:
         for name, parameter in self._trained:
             yield name, safe_get_full_grad(parameter).detach().float()
 
+    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights, gradients, or states of the optimizer, by name and one after another."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if kind == "gradients":
+            yield from self.gradients()
+        for name, parameter in self._trained:
+            if kind == "weights":
+                yield name, safe_get_full_fp32_param(parameter)
+            elif kind in self._keys:
+                yield name, safe_get_full_optimizer_state(parameter, kind)
+
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """As the engine's: parameters and optimizer state in fp32, whole on every rank, on the device."""

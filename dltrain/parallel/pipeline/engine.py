@@ -38,7 +38,7 @@ class PipelineEngine(Updating):
         names: Sequence[str],
     ) -> None:
         super().__init__(parts.model, optimizer, config, mesh, device, names)
-        self._task, self._parts, self._mesh = task, parts, mesh
+        self._task, self._parts = task, parts
         self._parallel, self._precision = config.parallel, config.precision
         self.micro_batch = config.parallel.micro_batch
         self._has_losses = parts.owners[-1] == mesh.pp_rank
@@ -96,18 +96,18 @@ class PipelineEngine(Updating):
         if not self._precision.compile:
             self._shapes_of(inputs_of(self._task, self._pieces(peek())[0], self._precision))
             return
-        groups = [*self._mesh.groups(), *self._wires.groups]
+        groups = [*self.mesh.groups(), *self._wires.groups]
         with patiently(groups, self._parallel.timeout), without_trace(self.model, self.optimizer, self.device):
             self.forward_backward(peek(), torch.ones((), device=self.device))
 
     def _pieces(self, batch: Batch) -> list[Batch]:
         """Micro-batches of one size, on the device; what is missing in the last one is filled with weight 0."""
         wanted = self._parts.size or self._parallel.micro_batch
-        number, size = micro_batches(len(batch), wanted, len(self._parts.owners), self._mesh.pp)
+        number, size = micro_batches(len(batch), wanted, len(self._parts.owners), self.mesh.pp)
         return list(batch.to(self.device).padded(number * size).split(size))
 
     def _schedule(self, pieces: int) -> Schedule:
-        return build(self._parallel.schedule, self._mesh.pp, pieces, self._parallel.stages_per_rank)
+        return build(self._parallel.schedule, self.mesh.pp, pieces, self._parallel.stages_per_rank)
 
     def _shapes_of(self, inputs: Inputs) -> list[list[Shape]]:
         """Of what stages are given for a piece with such inputs."""

@@ -1,0 +1,121 @@
+"""A tensor in nine numbers that add up over its parts: over chunks, micro-batches, shards and ranks.
+
+Six are sums, and three are largest values, of which the whole's is the largest. Means, deviations and norms follow from
+them on the host (:mod:`dltrain.debugger.reductions`). They are float64; values in between are float32, and squares are
+taken around the mean of each piece, so that the variance of weights near 1 is right as well.
+
+    row = moments_of([tensor])[0]  # [9], on the tensor's device
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SUMS = ("count", "sum", "squares", "absolute", "zeros", "nonfinite")
+"""Added over parts; ``squares`` is the sum of squares around 0, ``absolute`` of absolute values."""
+
+LARGEST = ("largest", "least_negated", "least_absolute_negated")
+"""Largest over parts."""
+
+COLUMNS = (*SUMS, *LARGEST)
+
+NOTHING = (0.0,) * len(SUMS) + (-math.inf,) * len(LARGEST)
+"""Of a tensor without elements: it changes nothing in a sum, nor in a largest value."""
+
+_CHUNK = 1 << 16
+"""Elements that stay in a core's cache while they are looked at six times."""
+
+_MEAN_DOMINATES = 0.1
+"""Share of the squares that is the mean's, from which on they are taken anew around it."""
+
+
+@torch.no_grad()
+def moments_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Float64 [tensors, 9], columns as :data:`COLUMNS`, on the tensors' device, which is never waited for.
+
+    Tensors are of any shape and floating-point or integer dtype, all on one device.
+    """
+    if not tensors:
+        return torch.empty(0, len(COLUMNS), dtype=torch.float64)
+    if tensors[0].device.type == "cpu":
+        return torch.tensor([_on_host(_flat(tensor)) for tensor in tensors], dtype=torch.float64)
+    return torch.stack([_on_device(_flat(tensor)) for tensor in tensors])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements in the order in which they lie in memory, where that is without gaps; float32."""
+    tensor = tensor.detach()
+    if not tensor.is_contiguous() and torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        tensor = torch.as_strided(tensor, (tensor.numel(),), (1,))
+    flat = tensor.reshape(-1)
+    return flat if flat.dtype == torch.float32 else flat.float()
+
+
+def _on_host(flat: Tensor) -> tuple[float, ...]:
+    sums, largest = list(NOTHING[: len(SUMS)]), list(NOTHING[len(SUMS) :])
+    absolute = torch.empty(min(_CHUNK, flat.numel()))
+    for chunk in torch.split(flat, _CHUNK) if flat.numel() else ():
+        found, tops = _of_chunk(chunk, absolute[: chunk.numel()])
+        sums = [a + b for a, b in zip(sums, found, strict=True)]
+        largest = [_larger(a, b) for a, b in zip(largest, tops, strict=True)]
+    return (*sums, *largest)
+
+
+def _of_chunk(chunk: Tensor, absolute: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    count = chunk.numel()
+    torch.abs(chunk, out=absolute)
+    total, magnitude = chunk.sum().item(), absolute.sum().item()
+    squares = torch.dot(chunk, chunk).item()
+    zeros = count - int(np.count_nonzero(absolute.numpy().view(np.int32)))  # much faster than torch's, and than floats
+    nonfinite = 0 if math.isfinite(squares) else count - int(chunk.isfinite().sum())
+    if total * total > _MEAN_DOMINATES * squares * count:
+        total, squares = _around_mean(chunk, total, absolute)
+        torch.abs(chunk, out=absolute)
+    tops = (chunk.max().item(), -chunk.min().item(), -absolute.min().item())
+    return (count, total, squares, magnitude, zeros, nonfinite), tops
+
+
+def _around_mean(chunk: Tensor, total: float, scratch: Tensor) -> tuple[float, float]:
+    """Sum and sum of squares around 0, by way of those around the mean: small differences of large values are kept."""
+    count = chunk.numel()
+    mean = float(np.float32(total / count))
+    torch.sub(chunk, mean, out=scratch)
+    rest = scratch.sum().item()
+    return count * mean + rest, torch.dot(scratch, scratch).item() + 2 * mean * rest + count * mean * mean
+
+
+def _larger(one: float, other: float) -> float:
+    """The larger; not a number if one of them is none."""
+    return one if math.isnan(one) or one > other else other
+
+
+def _on_device(flat: Tensor) -> Tensor:
+    if not flat.numel():
+        return torch.tensor(NOTHING, dtype=torch.float64).to(flat.device, non_blocking=True)
+    count, absolute = flat.numel(), flat.abs()
+    variance, mean = torch.var_mean(flat, correction=0)
+    least, largest = torch.aminmax(flat)
+    mean, variance = mean.double(), variance.double()
+    values = (
+        torch.full_like(mean, count),
+        mean * count,
+        (variance + mean * mean) * count,
+        absolute.sum().double(),
+        (count - torch.count_nonzero(flat)).double(),
+        (count - flat.isfinite().sum()).double(),
+        largest.double(),
+        -least.double(),
+        -absolute.amin().double(),
+    )
+    return torch.stack(values)
+
+
+def added(rows: Tensor) -> Tensor:
+    """Of a whole from those of its parts: float64 [parts, ..., 9] to [..., 9]."""
+    sums, largest = rows[..., : len(SUMS)].sum(0), rows[..., len(SUMS) :].amax(0)
+    return torch.cat([sums, largest], -1)
