@@ -21,6 +21,7 @@ BENCHMARKS = {
     "trainer_overhead": "microseconds the Trainer adds to a step of a small model",
     "parity": "dltrain verify of every engine and schedule; writes docs/parity.md",
     "parallel": "CPU seconds of a step under each layout: the Trainer against plain PyTorch by hand",
+    "debugger": "what statistics of tensors and rules cost, on steps that are due and on others",
     "report": "write results/README.md anew from the stored results",
 }
 

@@ -80,9 +80,11 @@ class Sampler:
         self._found[self._places[name]] = row
 
     def remember(self) -> None:
-        """The weights before a step, so that its updates can be seen after it."""
-        pieces = self._engine.pieces("weights")
-        self._before = {each.name: each.local.clone() for each in pieces if each.counts and each.name in self._trained}
+        """The weights before a step, so that its updates can be seen after it; the memory for them is kept."""
+        for piece in self._engine.pieces("weights"):
+            if piece.counts and piece.name in self._trained:
+                kept = self._before.setdefault(piece.name, torch.empty_like(piece.local))
+                kept.copy_(piece.local)
 
     def send(self) -> Table:
         """What was taken since last time, of all ranks, on its way to the host; collective."""
@@ -100,11 +102,10 @@ class Sampler:
     def _pieces(self, kind: str) -> Iterable[Piece]:
         if kind != "updates":
             return self._engine.pieces(kind)
-        before, self._before = self._before, {}
         return (
-            Piece(piece.name, torch.sub(piece.local, before.pop(piece.name)), True)
+            Piece(piece.name, torch.sub(piece.local, kept, out=kept), True)
             for piece in self._engine.pieces("weights")
-            if piece.name in before
+            if (kept := self._before.get(piece.name)) is not None
         )
 
 

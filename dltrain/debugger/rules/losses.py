@@ -48,26 +48,29 @@ class LossNotDecreasing(Rule):
 
 @dataclass
 class LossSpike(Rule):
-    """A loss lies more than ``deviations`` standard deviations above the mean of the last ``window`` steps, and half of
-    that mean above it."""
+    """A loss lies more than ``deviations`` standard deviations above the mean of the last ``window`` steps, and is half
+    as large again as that mean."""
 
     why: ClassVar = "A spike comes from a few samples or from steps that are too large, and may not heal."
     advice: ClassVar = "Look at the samples of this step, clip with optim.max_norm, or lower optim.learning_rate."
     deviations: float = 6.0
     window: int = 50
     _losses: deque[float] = field(default_factory=deque, repr=False)
+    _sum: float = field(default=0.0, repr=False)
 
     def update(self, seen: Seen) -> Iterable[Finding]:
-        if seen.scores:
+        if seen.scores or not math.isfinite(seen.loss):
             return
-        if len(self._losses) == self.window:
-            mean, deviation = fmean(self._losses), pstdev(self._losses)
-            if seen.loss > mean + max(self.deviations * deviation, 0.5 * abs(mean)):
-                what = f"the loss is {seen.loss:.4g}, after {mean:.4g} in the mean of {self.window} steps"
-                yield self.finding(seen.step, what, loss=seen.loss, mean=mean, deviation=deviation)
+        losses, loss = self._losses, seen.loss
+        if len(losses) == self.window:
+            mean = self._sum / self.window
+            if loss > 1.5 * mean and loss > mean + self.deviations * pstdev(losses):  # which takes its time
+                what = f"the loss is {loss:.4g}, after {mean:.4g} in the mean of {self.window} steps"
+                yield self.finding(seen.step, what, loss=loss, mean=mean)
                 return  # the spike is no measure for what follows
-            self._losses.popleft()
-        self._losses.append(seen.loss)
+            self._sum -= losses.popleft()
+        losses.append(loss)
+        self._sum += loss
 
 
 @dataclass
