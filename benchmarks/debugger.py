@@ -2,8 +2,8 @@
 
 The time inside its events is added up while the Trainer trains, which says on a noisy machine what differences of steps
 cannot; on a CPU nothing of it goes on afterwards. Off-steps are those of a small model, in microseconds. Due steps are
-those of ResNet-18 at batch 64, with the images it was made for and with small ones, in which weights are many beside the
-work: as a share of the time of a step, at every step and at every fiftieth.
+those of ResNet-18 at batch 64, with the images it was made for and with small ones, in which weights are many beside
+the work: as a share of the time of a step, at every step and at every fiftieth.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def degrees_of(parallel: Parallel, environment: Environment) -> Degrees:
 
     if environment.local_world_size % tp:
         raise UserError(
-            f"parallel.tp is {tp}, which does not divide the {environment.local_world_size} ranks of a node; ranks "
+            f"parallel.tp is {tp}, which does not divide the {_ranks(environment.local_world_size)} of a node; ranks "
             f"that share layers must be on one node{near()}"
         )
     if world % model:
@@ -65,6 +65,10 @@ def degrees_of(parallel: Parallel, environment: Environment) -> Degrees:
             f"{math.prod(degrees)} ranks{near()}"
         )
     return degrees
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"
 
 
 def _product(degrees: dict[str, int]) -> str:

@@ -254,6 +254,9 @@ class Parallel(Section):
     cp_attention: Literal["auto", "gather", "ring"] = "auto"
     """With cp: gather keys and values of all tokens, or pass them round a ring, which never holds all of them and sends
     while it computes. auto takes the ring on CUDA in bf16 or fp16, where the plan allows it."""
+    prove: bool = True
+    """With tp or cp: before the first step, two samples through the whole model and through its shares must give the
+    same losses and gradients."""
     pp: int = Field(default=1, ge=1)
     """Parts of a pipeline: the model is cut where its plan says how, and each part of the ranks has its stages."""
     schedule: Literal[

@@ -13,11 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from dltrain.errors import UserError
 from dltrain.parallel.live import Log
-from dltrain.parallel.pipeline.discover import to_meta
 from dltrain.parallel.plan import Plan
 from dltrain.parallel.tensor import splits_of
 from dltrain.parallel.tokens import Role, refuse_indivisible, roles_of
@@ -110,46 +107,6 @@ def share_out(model: nn.Module, plan: Plan, shares: Shares, log: Log) -> None:
         _share_context(roles, shares.cp, log)
     if sequence:
         _share_sequence(roles, tensor)
-
-
-def refuse_misfit(model: nn.Module, plan: Plan, ranks: int, inputs: tuple[Any, ...]) -> None:
-    """Raises :class:`UserError` where the layers that the plan splits do not fit together: where a column's parts go
-    into what wants the whole of them, or come out of the model.
-
-    A model that cannot be watched on the meta device, for it looks at values, is not judged.
-    """
-    twin, moved = to_meta(model, inputs)
-    whole = _shapes_of(twin, moved)
-    if isinstance(whole, str):
-        return
-    share_out(twin, plan, Shares(tp=ranks), Log())
-    found = _shapes_of(twin, moved)
-    if isinstance(found, str):
-        what = f"its forward fails in {found}"
-    elif found != whole:
-        what = f"it returns {', '.join(map(str, found))} in place of {', '.join(map(str, whole))}"
-    else:
-        return
-    raise UserError(
-        f"parallel.tp is {ranks}, and with layers split as the plan of {type(model).__name__} says {what}: a "
-        "column leaves what follows a part of its outputs, until a row adds the parts up; name the row, or leave the "
-        "column out"
-    )
-
-
-def _shapes_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[int, ...]] | str:
-    """Of what the model returns; or the module in which it fails, and how."""
-    inside = [type(model).__name__]
-    for name, module in model.named_modules():
-        if name:
-            module.register_forward_pre_hook(lambda *_, name=name: inside.append(name), prepend=True)
-            module.register_forward_hook(lambda *_: inside.pop() and None)
-    try:
-        with torch.no_grad():
-            returned = model(*inputs)
-    except Exception as error:  # noqa: BLE001 - whatever the user's own forward raises
-        return f"{inside[-1]} ({(str(error) or type(error).__name__).splitlines()[0]})"
-    return [tuple(value.shape) for value in tree_leaves(returned) if isinstance(value, Tensor)]
 
 
 def _shrink(layer: nn.Linear, style: str, ranks: int) -> None:

@@ -16,7 +16,6 @@ from dltrain.errors import UserError
 from dltrain.mesh import Mesh
 from dltrain.optim.freezing import freeze
 from dltrain.optim.optimizer import build_optimizer
-from dltrain.parallel.alone import refuse_misfit
 from dltrain.parallel.batch_norm import synchronise
 from dltrain.parallel.checkpointing import checkpoint_units
 from dltrain.parallel.compiling import compile_each
@@ -31,9 +30,10 @@ from dltrain.parallel.pipeline.parts import Parts, part
 from dltrain.parallel.pipeline.trace import adopt
 from dltrain.parallel.plain import PlainEngine
 from dltrain.parallel.plan import Plan
+from dltrain.parallel.proof import prove
 from dltrain.parallel.tensor import Split, split, splits_of
 from dltrain.parallel.ties import refuse_split_ties, refuse_untied, self_contained, ties
-from dltrain.parallel.tokens import Role, roles_of, share_context, share_sequence
+from dltrain.parallel.tokens import Role, refuse_ungathered, roles_of, share_context, share_sequence
 from dltrain.parallel.update import trained
 from dltrain.parallel.weights import Weights
 from dltrain.runtime.seeds import seed_all
@@ -43,7 +43,7 @@ Example = Callable[[], Batch]
 """Some batch of training samples, on the host."""
 
 _FEW = 2
-"""Samples that tell whether layers fit together."""
+"""Samples by which shares are proved."""
 
 
 def parallelize(
@@ -59,8 +59,8 @@ def parallelize(
     1. Build on the CPU under the run's seed, and fill in ``weights`` that were trained before: the same on every rank,
        whatever the layout; or without memory, to be filled after step 8. What is frozen is so from here on. A task that
        spreads its model by itself does so now, instead of what follows.
-    2. Find what the plan names, in the whole model; layers that it splits must fit together for the ``example``. Its
-       linear layers multiply in float8, if they are to.
+    2. Prove, by a few samples of the ``example``, that layers and tokens may be shared out as the plan says. Find what
+       it names, in the whole model; its linear layers multiply in float8, if they are to.
     3. Keep this rank's stages of a pipeline, cut so that they cost about the same for the ``example``. Batch norms take
        their statistics over all data ranks, if they are to.
     4. Move to the device, in the memory format asked for.
@@ -75,7 +75,10 @@ def parallelize(
     model, blueprint = _built(task, config, weights)
     if brings_its_own(task) and mesh.devices is not None:
         return parallelize_by_task(task, model, config, mesh, device)
-    named, names, shared = _named(task, model, config, mesh, device, example), trained(model), ties(model)
+    plan = task.plan() or Plan.auto(model)
+    if mesh.tp * mesh.cp > 1 and config.parallel.prove and blueprint is None and example is not None:
+        prove(task, model, partial(_shared, plan=plan, config=config, mesh=mesh), mesh, device, _few(example()))
+    named, names, shared = _named(model, plan, config, mesh, device), trained(model), ties(model)
     parts = _part(task, model, named.plan, config, mesh, device, example) if mesh.pp > 1 else None
     traced = parts is not None and parts.traced
     if config.precision.batch_norm == "synchronised":
@@ -133,18 +136,14 @@ def _built(task: Task, config: Config, weights: Weights | None) -> tuple[nn.Modu
     model, blueprint = built_on_meta(task.model) if config.parallel.meta else (task.model(), None)
     if not isinstance(model, nn.Module):
         raise UserError(f"{type(task).__name__}.model() returned {type(model).__name__}, not a torch.nn.Module")
+    model.train()  # a model that was trained before may come in evaluation mode
     if weights is not None:
         weights.fill(model)
     freeze(model, config.optim.frozen)
     return model, blueprint
 
 
-def _named(
-    task: Task, model: nn.Module, config: Config, mesh: Mesh, device: torch.device, example: Example | None
-) -> _Named:
-    plan = task.plan() or Plan.auto(model)
-    if mesh.tp > 1 and example is not None:
-        refuse_misfit(model, plan, mesh.tp, _inputs(task, example(), _FEW, config, device))
+def _named(model: nn.Module, plan: Plan, config: Config, mesh: Mesh, device: torch.device) -> _Named:
     if config.precision.float8:
         multiply_in_float8(plan.modules(model), device)
     splits = splits_of(model, plan, mesh.tp) if mesh.tp > 1 else []
@@ -152,7 +151,19 @@ def _named(
     sequence = config.parallel.sequence and mesh.tp > 1
     setting = "parallel.sequence is on" if sequence else f"parallel.cp is {mesh.cp}"
     roles = roles_of(model, plan, setting) if sequence or mesh.cp > 1 else []
+    if sequence:
+        refuse_ungathered(model, splits, roles)
     return _Named(plan, plan.modules(model), splits, roles)
+
+
+def _shared(model: nn.Module, plan: Plan, config: Config, mesh: Mesh) -> None:
+    """Split layers and share tokens out, in place, in fp32."""
+    plain = config.replace(precision=config.precision.replace(float8=False))
+    _spread(_named(model, plan, plain, mesh, torch.device("cpu")), config, mesh)
+
+
+def _few(batch: Batch) -> Batch:
+    return next(batch.split(_FEW))
 
 
 def _part(

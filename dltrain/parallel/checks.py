@@ -17,6 +17,8 @@ from dltrain.errors import UserError
 from dltrain.parallel.pipeline.schedule import check_schedule, micro_batches, stages_per_rank
 from dltrain.runtime.environment import Environment
 
+_NO_LAYOUT = ("parallel.micro_batch", "parallel.timeout")
+
 SPLITTING = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
 """Schedules whose backward passes come in two parts."""
 
@@ -51,7 +53,7 @@ def layout_for_scoring(config: Config, environment: Environment, given: Iterable
     try:
         check_layout(config, environment, batch=False)
     except UserError as error:
-        if any(name.startswith("parallel.") for name in given):
+        if any(name.startswith("parallel.") and name not in _NO_LAYOUT for name in given):
             raise
         size, timeout = config.parallel.micro_batch, config.parallel.timeout
         usual = config.replace(

@@ -116,7 +116,8 @@ class PlainEngine(Updating):
         some = torch.tensor(float(len(unused)), device=self.device)
         dist.all_reduce(some)
         if some.item():
-            named = f"{unused[0]} gets" if unused else "some parameters on another rank get"
+            more = f" and {len(unused) - 1} other parameters get" if len(unused) > 1 else " gets"
+            named = unused[0] + more if unused else "some parameters on another rank get"
             say(self.mesh.environment, f"{named} no gradient: DDP looks for such parameters in every step")
             self._wrapped = replicate(self.model, self.device, parallel, find_unused=True)
 

@@ -84,6 +84,7 @@ class _Kept:
 
     def take(self, operation: Any) -> list[Any]:
         """The next result of the operation, leaf by leaf."""
+        self._homes.clear()  # of use in the forward pass alone; by and by results have the repetition's graph
         results = self._results.get(operation)
         if not results:
             raise RuntimeError(

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from dltrain.errors import UserError, nearest
 from dltrain.parallel.plan import Plan, matching
 from dltrain.parallel.ring import ring_attention, takes
+from dltrain.parallel.tensor import Split
 
 _ROLES = ("deal", "each", "gather", "attend", "dot_product", "join")
 _TOKENS = 1  # of [n, tokens, width]
@@ -67,6 +68,19 @@ def _refuse_incomplete(model: nn.Module, roles: set[str], setting: str) -> None:
             raise UserError(
                 f"{setting}, and Plan(tokens={{...}}) of {type(model).__name__} names no module that {does}; give one "
                 f"the role {' or '.join(map(repr, names))}"
+            )
+
+
+def refuse_ungathered(model: nn.Module, splits: Iterable[Split], roles: Iterable[Role]) -> None:
+    """Raises :class:`UserError` for a column that would be given a part of the tokens."""
+    given_all = {module for each in roles if each.role == "gather" for module in each.module.modules()}
+    names = {module: name for name, module in model.named_modules()}
+    for each in splits:
+        if each.style == "column" and each.layer not in given_all:
+            raise UserError(
+                f"parallel.sequence is on, and {names[each.layer]} of {type(model).__name__}, a column, is in no "
+                "module with the role 'gather', so that it would see a part of the tokens alone; give one that it is in that "
+                "role in Plan(tokens={...})"
             )
 
 

@@ -102,12 +102,13 @@ def test_a_run_is_scored_on_other_ranks_than_it_was_trained_on() -> None:
     assert usual.parallel == Parallel(micro_batch=4)
     assert said == (
         "scored under the default layout, for the run's does not fit: parallel.tp is 2, which does not divide the 1 "
-        "ranks of a node"
+        "rank of a node"
     )
     offloaded = config_of(parallel__dp_shard=4, parallel__offload=True, precision__reduce="bf16")
     assert layout_for_scoring(offloaded, here(2), [])[0].parallel == Parallel()
     with pytest.raises(UserError, match=r"parallel\.tp is 2"):
         layout_for_scoring(split, here(1), ["parallel.sequence"])
+    assert layout_for_scoring(split, here(1), ["parallel.micro_batch"])[0].parallel.micro_batch == 4
 
 
 def test_one_process_takes_a_recipe_that_says_how_ranks_talk() -> None:

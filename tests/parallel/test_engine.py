@@ -265,6 +265,28 @@ def test_compiled_training_agrees_with_eager(one_process: Any) -> None:
     assert weights.keys() == one_process[2].keys()  # compilation leaves no mark in the names
 
 
+class Asleep(Regression):
+    """Its model comes in evaluation mode, as those that were trained before may."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 4)).eval()
+
+
+def trained_with_dropout(rank: int, ranks: int, overrides: dict[str, Any]) -> bool:
+    engine = engine_for(rank, ranks, overrides, Asleep)
+    losses = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        losses.append(engine.forward_backward(share_of(0, rank, ranks), torch.tensor(10.0)).sum.item())
+        engine.optimizer.zero_grad()
+    return losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(("ranks", "overrides"), [(1, {}), (2, {}), (2, {"parallel.dp_shard": 2})])
+def test_a_model_that_comes_in_evaluation_mode_is_trained(ranks: int, overrides: dict[str, Any]) -> None:
+    assert all(run_ranks(trained_with_dropout, ranks, ranks, overrides))
+
+
 class WithoutTuple(Regression):
     def inputs(self, batch: Batch) -> Tensor:  # type: ignore[override]
         return batch.fields["x"]

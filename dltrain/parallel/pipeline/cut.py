@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dltrain.errors import UserError
-from dltrain.parallel.pipeline.discover import to_meta
+from dltrain.parallel.pipeline.discover import MODES, played
 from dltrain.parallel.plan import Plan, matching
 
 
@@ -72,18 +71,17 @@ def chain(model: nn.Module, plan: Plan) -> list[Link]:
 
 
 def refuse_other_forward(model: nn.Module, links: Sequence[Link], inputs: tuple[Any, ...]) -> None:
-    """Raises :class:`UserError` where the model's forward is not these links, each given what the one before returned.
+    """Raises :class:`UserError` where the model's forward is not these links, each given what the one before returned,
+    in evaluation and in training: a stage would leave out whatever it does between them."""
+    for training, passes in MODES:
+        _refuse_other_pass(model, links, inputs, training, passes)
 
-    It is watched once, on the meta device: a stage would leave out whatever it does between them.
-    """
-    twin, moved = to_meta(model, inputs)
-    seen: list[tuple[str, tuple[Any, ...], Any]] = []
-    for link in links:
-        hook = partial(_note, seen, link.name)
-        twin.get_submodule(link.name).register_forward_hook(hook)
-    with torch.no_grad():
-        whole = twin(*moved)
-    kind = type(model).__name__
+
+def _refuse_other_pass(
+    model: nn.Module, links: Sequence[Link], inputs: tuple[Any, ...], training: bool, passes: int
+) -> None:
+    seen, moved, whole = played(model, inputs, training, partial(_noting, links), passes)
+    kind = f"{type(model).__name__} {'in training' if training else 'in evaluation'}"
     if [name for name, _, _ in seen] != [link.name for link in links]:
         said, done = (", ".join(names) for names in ([link.name for link in links], [name for name, _, _ in seen]))
         raise UserError(
@@ -108,20 +106,29 @@ def refuse_other_forward(model: nn.Module, links: Sequence[Link], inputs: tuple[
         )
 
 
-def _note(seen: list[Any], name: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+Seen = list[tuple[str, tuple[Any, ...], Any]]
+
+
+def _noting(links: Sequence[Link], model: nn.Module) -> Seen:
+    seen: Seen = []
+    for link in links:
+        model.get_submodule(link.name).register_forward_hook(partial(_note, seen, link.name))
+    return seen
+
+
+def _note(seen: Seen, name: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
     seen.append((name, given, returned))
 
 
 def costs_of(model: nn.Module, names: Sequence[str], inputs: tuple[Any, ...]) -> list[int]:
-    """Floating-point operations of each module in a forward pass of ``inputs``, counted without computing any.
+    """Floating-point operations of each module in a forward pass of ``inputs``.
 
     At least 1 each, so that modules without matrix products are shared out as well.
     """
-    twin, moved = to_meta(model, inputs)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(*moved)
+    with FlopCounterMode(display=False) as counter:
+        played(model, inputs, False, lambda _: counter.flop_counts.clear())
     counted = counter.get_flop_counts()
-    prefix = type(twin).__name__
+    prefix = type(model).__name__
     return [1 + sum(counted.get(f"{prefix}.{name}", {}).values()) for name in names]
 
 

@@ -1,14 +1,18 @@
-"""Finding out that a model's forward is a chain of modules, by watching one forward pass that computes nothing."""
+"""Finding out that a model's forward is a chain of modules, by watching forward passes that compute nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+Noted = TypeVar("Noted")
 
 
 @dataclass(frozen=True)
@@ -21,40 +25,96 @@ class _Call:
 def discovered(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[str, ...]:
     """Names of modules that the model's forward calls one after another, each on what the one before returned.
 
-    As many as can be: a module that is such a chain itself is taken apart. Empty where there are not two.
+    As many as can be: a module that is such a chain itself is taken apart. Empty where there are not two, where
+    training goes another way than evaluation, or each time another, and where they leave out some of the model's state.
     """
-    calls = _watched(model, inputs)
-    links = tuple(_taken_apart("", calls))
-    return links if len(links) > 1 else ()
+    found = {tuple(_taken_apart("", _watched(model, inputs, training, passes))) for training, passes in MODES}
+    links = found.pop()
+    return links if not found and len(links) > 1 and _cover(model, links) else ()
+
+
+MODES = ((False, 1), (True, 1), (True, 2))
+"""Whether in training, and in which pass: what is left to chance, or counts, may go another way the second time."""
+
+
+def played(
+    model: nn.Module, inputs: tuple[Any, ...], training: bool, watch: Callable[[nn.Module], Noted], passes: int = 1
+) -> tuple[Noted, tuple[Any, ...], Any]:
+    """What ``watch`` notes in the last of some forward passes by the hooks that it gives a model, the arguments, and
+    what is returned.
+
+    Of a copy that computes nothing and takes no memory; or, where the forward looks at values, of the model itself,
+    whose buffers, mode and hooks are as before afterwards.
+    """
+    try:
+        twin, moved = to_meta(model, inputs)
+        return _passed(twin, moved, training, watch, passes)
+    except Exception:  # noqa: BLE001 - of a copy without values; the model itself tells what is really wrong
+        return _played_for_real(model, inputs, training, watch, passes)
+
+
+@torch.no_grad()
+def _passed(
+    model: nn.Module, inputs: tuple[Any, ...], training: bool, watch: Callable[[nn.Module], Noted], passes: int
+) -> tuple[Noted, tuple[Any, ...], Any]:
+    model.train(training)
+    for _ in range(passes - 1):
+        model(*inputs)
+    return watch(model), inputs, model(*inputs)
+
+
+def _played_for_real(
+    model: nn.Module, inputs: tuple[Any, ...], training: bool, watch: Callable[[nn.Module], Noted], passes: int
+) -> tuple[Noted, tuple[Any, ...], Any]:
+    hooks = {module: (module._forward_hooks.copy(), module._forward_pre_hooks.copy()) for module in model.modules()}
+    buffers, mode = [buffer.clone() for buffer in model.buffers()], model.training
+    try:
+        return _passed(model, inputs, training, watch, passes)
+    finally:
+        model.train(mode)
+        for module, (after, before) in hooks.items():
+            module._forward_hooks, module._forward_pre_hooks = after, before
+        for buffer, value in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
 
 
 def to_meta(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy of both that computes nothing and takes no memory, in evaluation mode."""
+    """A copy of both that computes nothing and takes no memory."""
     moved = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, inputs)
     blank: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         blank[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    return deepcopy(model, blank).to("meta").eval(), moved
+    return deepcopy(model, blank).to("meta"), moved
 
 
-def _watched(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, list[_Call]]:
+def _watched(model: nn.Module, inputs: tuple[Any, ...], training: bool, passes: int) -> dict[str, list[_Call]]:
     """What each module was given and returned in every call, by name, in the order in which calls ended."""
-    twin, moved = to_meta(model, inputs)
-    calls: dict[str, list[_Call]] = {}
-    kept: list[Any] = []  # so that no two tensors have one id
+    return played(model, inputs, training, _noting_calls, passes)[0].calls
 
-    def watch(name: str, module: nn.Module) -> None:
-        def note(_: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
-            kept.append((given, returned))
-            calls.setdefault(name, []).append(_Call(name, tuple(map(id, given)), id(returned)))
 
-        module.register_forward_hook(note)
+class _Calls:
+    """Of modules by name; values are kept, so that no two have one id."""
 
-    for name, module in twin.named_modules():
-        watch(name, module)
-    with torch.no_grad():
-        twin(*moved)
-    return calls
+    def __init__(self) -> None:
+        self.calls: dict[str, list[_Call]] = {}
+        self._values: list[Any] = []
+
+    def note(self, name: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+        self._values.append((given, returned))
+        self.calls.setdefault(name, []).append(_Call(name, tuple(map(id, given)), id(returned)))
+
+
+def _noting_calls(model: nn.Module) -> _Calls:
+    noted = _Calls()
+    for name, module in model.named_modules():
+        module.register_forward_hook(partial(noted.note, name))
+    return noted
+
+
+def _cover(model: nn.Module, links: Sequence[str]) -> bool:
+    """Whether every parameter and buffer is inside of one of the links."""
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return all(any(name.startswith(f"{link}.") for link in links) for name in names)
 
 
 def _taken_apart(name: str, calls: dict[str, list[_Call]]) -> list[str]:

@@ -105,6 +105,12 @@ def _place(model: nn.Module, name: str) -> int:
 
 def refuse_shallow(model: nn.Module, modules: int, does: str, stages: int) -> None:
     """Raises :class:`UserError` for more stages than modules."""
+    if not modules:
+        raise UserError(
+            f"the plan of {type(model).__name__} {does} no modules to share out over {stages} stages of a pipeline; "
+            "name its blocks in Plan(units=(...)), or the modules that its forward calls one after another in "
+            "Plan(chain=(...))"
+        )
     if modules < stages:
         raise UserError(
             f"the pipeline has {stages} stages, and the plan of {type(model).__name__} {does} {modules} modules to "

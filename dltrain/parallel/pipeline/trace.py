@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from dltrain.errors import UserError
 
@@ -77,8 +78,35 @@ def traced(model: nn.Module, inputs: tuple[Any, ...], begins: Sequence[str]) -> 
     evaluation = _traces(_trace(model.eval(), inputs, begins), len(begins) + 1)
     model.train()
     stages = [TracedStage(*both) for both in zip(training, evaluation, strict=True)]
+    _refuse_other_outputs(model, stages, inputs)
     _give_unused(model, stages)
     return stages
+
+
+@torch.no_grad()
+def _refuse_other_outputs(model: nn.Module, stages: Sequence[TracedStage], inputs: tuple[Any, ...]) -> None:
+    """A trace may leave out what is no operation on tensors of its own, such as a write into a buffer of the model."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    expected = tree_leaves(model.eval()(*inputs))
+    model.train()
+    try:
+        values: Any = inputs
+        for stage in stages:
+            values = stage.eval()(values if isinstance(values, tuple) else (values,), inputs)
+        found = tree_leaves(values)
+        same = all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(found, expected, strict=True))
+        reason = "" if same else "they give other outputs than the model"
+    except (TypeError, RuntimeError, ValueError, KeyError) as error:
+        reason = f"they do not run: {_first_line(error)}"
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    for stage in stages:
+        stage.train()
+    if reason:
+        raise UserError(
+            f"parallel.pp cuts {type(model).__name__} by tracing its forward, for its plan names no chain, into stages "
+            f"that are wrong ({reason}); name the modules that the forward calls one after another in Plan(chain=(...))"
+        )
 
 
 def keep_tensors(model: nn.Module, stages: Sequence[TracedStage]) -> None:
@@ -112,7 +140,7 @@ def _give_unused(model: nn.Module, stages: Sequence[TracedStage]) -> None:
             continue
         path, _, last = name.rpartition(".")
         part: Any = stages[0].training_trace.part
-        if path and path not in dict(part.named_modules()):
+        if path and path not in dict(part.named_modules(remove_duplicate=False)):
             part.add_submodule(path, nn.Module())
         kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
         getattr(part.get_submodule(path), f"register_{kind}")(last, tensor)

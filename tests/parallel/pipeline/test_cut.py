@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dltrain.errors import UserError
 from dltrain.models.vision import vit
-from dltrain.parallel.pipeline.cut import Stage, balanced, chain, costs_of, keep, refuse_other_forward
+from dltrain.parallel.pipeline.cut import Link, Stage, balanced, chain, costs_of, keep, refuse_other_forward
 from dltrain.parallel.plan import Plan
 
 
@@ -93,15 +93,23 @@ def test_a_model_that_cannot_be_cut_is_told_why(plan: Plan, tied: bool, words: s
 
 
 class Between(nn.Module):
-    """Doubles what its first layer gives, if it is to, before the second takes it; and what the second gives."""
+    """Doubles what its first layer gives, if it is to, before the second takes it, maybe in training alone; or what the
+    second gives. It may look at values, which a copy without any does not have."""
 
     def __init__(self, doubled: str = "") -> None:
         super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self._doubled = doubled
+        self._doubled, self.passes = doubled, 0
 
     def forward(self, values: Tensor) -> Tensor:
         middle = self.first(values)
+        if self._doubled == "training" and self.training:
+            middle = 2 * middle
+        if self._doubled == "looks" and middle.sum() > 1e9:
+            middle = 2 * middle
+        self.passes += 1
+        if self._doubled == "second pass" and self.passes % 2 == 0:
+            middle = 2 * middle
         last: Tensor = self.second(2 * middle if self._doubled == "middle" else middle)
         return 2 * last if self._doubled == "last" else last
 
@@ -127,5 +135,13 @@ def test_a_chain_that_is_not_the_forward_is_refused(plan: Plan, doubled: str, wo
     whole, inputs = Between(doubled), (torch.zeros(2, 4),)
     with pytest.raises(UserError, match=words):
         refuse_other_forward(whole, chain(whole, plan), inputs)
-    straight = Between()
-    refuse_other_forward(straight, chain(straight, Plan(chain=("first", "second"))), inputs)
+    for straight in (Between(), Between("looks")):
+        modes = [module.training for module in straight.modules()]
+        refuse_other_forward(straight, _links(straight), inputs)
+        assert costs_of(straight, ["first", "second"], inputs) == [1 + 2 * 2 * 4 * 4] * 2
+        assert modes == [module.training for module in straight.modules()]
+        assert not any(module._forward_hooks for module in straight.modules())
+
+
+def _links(model: Between) -> list[Link]:
+    return [Link("first", model.first, False), Link("second", model.second, False)]

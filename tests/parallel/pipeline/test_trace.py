@@ -128,6 +128,31 @@ def test_what_goes_by_modules_is_refused_before_a_trace(more: dict[str, Any], wo
         run_ranks(train, 2, 2, "wasteful", {"parallel.pp": 2, **more})
 
 
+class Counting(Skipping):
+    """Writes into a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(images.mean())  # type: ignore[operator, union-attr]
+        return super().forward(images - self.mean)  # type: ignore[operator]
+
+
+def test_a_trace_that_is_not_the_model_is_refused() -> None:
+    model = Counting()
+    with pytest.raises(UserError, match=r"cuts Counting by tracing .* into stages that are wrong"):
+        traced(model, (IMAGES,), ["blocks.2"])
+    assert model.training
+
+
+def test_a_model_without_blocks_is_told_how_to_name_them() -> None:
+    bare = nn.Linear(4, 4)
+    with pytest.raises(UserError, match=r"the plan of Linear finds no modules .*; name its blocks in Plan\(units"):
+        part(bare, Plan.auto(bare), Parallel(pp=2), 0, 16, lambda samples: (torch.zeros(samples, 4),), lambda: None)
+
+
 def test_a_model_with_too_few_blocks_is_told() -> None:
     shallow = Skipping()
     with pytest.raises(UserError, match="the pipeline has 8 stages, and the plan of Skipping finds 5 modules"):
