@@ -169,7 +169,9 @@ def _parse(name: str, value: Any, field: FieldInfo) -> Any:
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"--{name} is {value!r}, which is no list; write [a, b] or a,b") from None
+            if value.lstrip()[:1] in ("[", "{"):
+                raise UserError(f"--{name} is {value!r}, which is no list; write [a, b] or a,b") from None
+            parsed = value  # a pattern such as *.bias, which YAML takes for something else
         return [part.strip() for part in value.split(",")] if isinstance(parsed, str) else parsed
     return value
 

@@ -157,8 +157,10 @@ def _named(model: nn.Module, plan: Plan, config: Config, mesh: Mesh, device: tor
 
 
 def _shared(model: nn.Module, plan: Plan, config: Config, mesh: Mesh) -> None:
-    """Split layers and share tokens out, in place, in fp32."""
+    """Split layers and share tokens out, in place, in fp32, for which a GPU's ring has no kernels."""
     plain = config.replace(precision=config.precision.replace(float8=False))
+    if mesh.devices is not None and mesh.devices.device_type == "cuda":
+        plain = plain.replace(parallel=plain.parallel.replace(cp_attention="gather"))
     _spread(_named(model, plan, plain, mesh, torch.device("cpu")), config, mesh)
 
 

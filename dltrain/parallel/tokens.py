@@ -79,8 +79,8 @@ def refuse_ungathered(model: nn.Module, splits: Iterable[Split], roles: Iterable
         if each.style == "column" and each.layer not in given_all:
             raise UserError(
                 f"parallel.sequence is on, and {names[each.layer]} of {type(model).__name__}, a column, is in no "
-                "module with the role 'gather', so that it would see a part of the tokens alone; give one that it is in that "
-                "role in Plan(tokens={...})"
+                "module with the role 'gather', so that it would see a part of the tokens alone; give one that it is "
+                "in that role in Plan(tokens={...})"
             )
 
 

@@ -91,3 +91,11 @@ def test_intervals_fall_due_when_a_multiple_is_passed() -> None:
     assert due == [False, True, True, True, True]
     assert [steps.due((s, 0), (s + 1, 0), 10) for s in range(6)] == [False, False, True, False, False, True]
     assert not Length.parse("0st").due((0, 0), (9, 9), 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [("*", ("*",)), ("*.bias, head.*", ("*.bias", "head.*")), ("[a, 'b.*']", ("a", "b.*"))],
+)
+def test_patterns_are_lists_as_they_are_typed(text: str, patterns: tuple[str, ...]) -> None:
+    assert load_overrides(Config(), {"optim.frozen": text}).optim.frozen == patterns
