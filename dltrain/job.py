@@ -19,10 +19,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 import torch.distributed as dist
+from torch import nn
 
 from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer, committed, read_state, step_folder
@@ -108,7 +110,7 @@ def train(job: Job) -> int:
         trainer = Trainer(
             job.config,
             task,
-            parallelize(task, job.config, mesh, device, loader.peek, weights),
+            parallelize(task, job.config, mesh, device, loader.peek, weights, partial(_show_model, hooks)),
             loader,
             evaluation=evaluation_loader(data.held_out, place) if data.held_out else None,
             checkpointer=checkpointer,
@@ -252,6 +254,11 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
 
         hooks.append(TensorBoard(run.tensorboard))
     return hooks
+
+
+def _show_model(hooks: list[Hook], model: nn.Module) -> None:
+    for hook in hooks:
+        hook.model_built(model)
 
 
 def _goes_on(job: Job, run: RunFolder) -> bool:

@@ -335,9 +335,9 @@ class Debugger(Section):
     """First step without statistics again; 0 for none."""
     steps: tuple[int, ...] = ()
     """Steps with statistics, in place of the interval."""
-    collect: tuple[str, ...] = ("weights", "gradients", "updates")
-    """Kinds of tensors: weights, gradients (before clipping), updates (what a step adds to the weights), and states of
-    the optimizer by its own names, such as exp_avg."""
+    collect: tuple[str, ...] = ("weights", "gradients", "updates", "activations")
+    """Kinds of tensors: weights, gradients (before clipping), updates (what a step adds to the weights), activations
+    (what ReLU, GELU and the like return), and states of the optimizer by its own names, such as exp_avg."""
     rules: tuple[str, ...] = ("default",)
     """Rules by name, with parameters as in VanishingGradient:threshold=1e-6; default stands for several."""
     action: Literal["log", "save", "stop"] = "log"

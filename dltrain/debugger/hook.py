@@ -12,8 +12,11 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
+from torch import nn
+
 from dltrain import storage
 from dltrain.config import Config
+from dltrain.debugger.activations import Activations
 from dltrain.debugger.findings import Finding
 from dltrain.debugger.policy import Policy, kinds_of
 from dltrain.debugger.rules.base import Watch
@@ -37,14 +40,21 @@ class Debug(Hook):
         self._settings, self._environment, self._folder = settings, environment, folder
         rules = build(settings.rules)  # on every rank, so that a mistake is refused by all
         self._watch = Watch(rules if folder else [], lambda told: warn(environment, told))
+        self._activations = Activations() if "activations" in self._kinds else None
         self._sampler: Sampler | None = None
         self._due, self._sent = False, deque[tuple[int, Table]]()
         self._store = Store(folder / "statistics") if folder else None
         self._findings: IO[str] | None = None
         self.found: list[Finding] = []
 
+    def model_built(self, model: nn.Module) -> None:
+        if self._activations is not None:
+            self._activations.install(model)
+
     def fit_start(self, trainer: View) -> None:
-        self._sampler = Sampler(trainer.engine, self._kinds)
+        kinds = [kind for kind in self._kinds if kind != "activations"]
+        others = self._activations.names() if self._activations is not None else ()
+        self._sampler = Sampler(trainer.engine, kinds, others)
         self._index = Index(self._sampler.names)
         if self._store is not None and self._folder is not None:
             self._store.begin(trainer.step, self._sampler.names)
@@ -52,6 +62,8 @@ class Debug(Hook):
 
     def step_start(self, trainer: View, batch: Any) -> None:
         self._due = self._policy.due(trainer.step + 1)
+        if self._activations is not None:
+            self._activations.on = self._due
 
     def gradients_ready(self, trainer: View) -> None:
         if self._due and self._sampler is not None:
@@ -62,8 +74,12 @@ class Debug(Hook):
     def step_end(self, trainer: View) -> None:
         if self._due and self._sampler is not None:
             for kind in self._kinds:
-                if kind != "gradients":
+                if kind not in ("gradients", "activations"):
                     self._sampler.take(kind)
+            if self._activations is not None:
+                self._activations.on = False
+                for name, row in self._activations.taken(trainer.engine.mesh):
+                    self._sampler.put(name, row)
             self._sent.append((trainer.step, self._sampler.send()))
 
     def step_read(self, trainer: View, reading: Reading) -> Request | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dltrain.config import Config, Debugger
 from dltrain.errors import UserError, nearest
 
-_OF_THE_MODEL = ("weights", "gradients", "updates")
+_OF_THE_MODEL = ("weights", "gradients", "updates", "activations")
 _OF_OPTIMIZERS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 

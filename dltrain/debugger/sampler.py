@@ -51,12 +51,13 @@ class Table:
 class Sampler:
     """Of the tensors of ``kinds`` that an engine holds; ``names`` are those of all ranks, equal on every rank.
 
-    ``kinds`` are "weights", "gradients", "updates" (what a step adds to the weights) and states of the optimizer.
+    ``kinds`` are "weights", "gradients", "updates" (what a step adds to the weights) and states of the optimizer;
+    ``others`` are names of tensors whose moments are :meth:`put`.
     Making one is collective.
     """
 
     def __init__(self, engine: Engine, kinds: Sequence[str], others: Iterable[str] = ()) -> None:
-        self._engine, self._kinds, self._device = engine, tuple(kinds), engine.device
+        self._engine, self._device = engine, engine.device
         self._trained = {name for name, parameter in engine.named_parameters() if parameter.requires_grad}
         parameters = [piece.name for piece in engine.pieces("weights")]
         mine = [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,7 +36,10 @@ _KINDS = {"gradient": "gradients", "update": "updates"}
 
 
 def kind_of(name: str) -> str:
-    """Of a tensor by its name: what stands before the slash, "weights" where there is none."""
+    """Of a tensor by its name: what stands before the slash, "weights" where there is none, and "activations" of what
+    modules return."""
+    if name.endswith("_output_0"):
+        return "activations"
     before, slash, _ = name.partition("/")
     return _KINDS.get(before, before) if slash else "weights"
 
@@ -55,8 +59,10 @@ class Tensors:
         return [name for name, is_there in zip(names, there, strict=True) if is_there], reduce(reduction, rows[there])
 
 
-@dataclass(frozen=True)
-class Seen:
+NO_SCORES: Mapping[str, float] = {}
+
+
+class Seen(NamedTuple):
     """One step: ``norm`` is the global gradient norm before clipping, ``loss_scale`` 0 but in fp16, ``time`` seconds;
     ``tensors`` only where statistics were due, ``scores`` only of an evaluation after the step."""
 
@@ -67,7 +73,7 @@ class Seen:
     learning_rate: float = 0.0
     loss_scale: float = 0.0
     tensors: Tensors | None = None
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = NO_SCORES
 
 
 def shown(names: Iterable[str], most: int = 3) -> str:

@@ -15,6 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import nn
+
 from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.errors import UserError
@@ -79,6 +81,10 @@ class Hook:
             close = get_close_matches(name, EVENTS, n=1, cutoff=0.8)
             if close and name not in EVENTS and callable(getattr(cls, name)):
                 raise UserError(f"hook {cls.__name__} has a method {name!r}, which no event calls; is it {close[0]!r}?")
+
+    def model_built(self, model: nn.Module) -> None:
+        """The model as this rank has it, before it is compiled and wrapped: the place for forward hooks. Not called
+        where the pipeline is traced, which calls no modules."""
 
     def fit_start(self, trainer: View) -> Request | None:
         """Before the first step, after a resume."""

@@ -53,6 +53,7 @@ def parallelize(
     device: torch.device,
     example: Example | None = None,
     weights: Weights | None = None,
+    watch: Callable[[nn.Module], object] | None = None,
 ) -> PlainEngine | PipelineEngine | DeepSpeedEngine:
     """Build the model and spread it over the mesh.
 
@@ -65,7 +66,8 @@ def parallelize(
        their statistics over all data ranks, if they are to.
     4. Move to the device, in the memory format asked for.
     5. Split layers over the ranks of tensor parallelism; share tokens out over those of context parallelism.
-    6. Activation checkpointing of the units; of whole stages, where they are traced.
+    6. Activation checkpointing of the units; of whole stages, where they are traced. Who wants to ``watch`` modules may
+       do so from here on; but of traces, which call none.
     7. Compile: the whole model of one process; of several, each unit, so that gradients are reduced while the backward
        pass goes on. DeepSpeed, where it is chosen, has the rest inside. Otherwise:
     8. FSDP2 over the plan's units, or DDP for replicas alone. Replicas of split layers and of stages are FSDP2's too,
@@ -89,6 +91,8 @@ def parallelize(
         model = _placed(model, device, config, mesh)
     _spread(named, config, mesh)
     checkpoint_units(list(roots) if traced else named.units, config, elsewhere=planned)
+    if watch is not None and not traced:
+        watch(model)
     if config.precision.compile:
         compile_each((named.units if mesh.environment.world_size > 1 else []) or roots)
     if config.parallel.engine == "deepspeed":

@@ -20,7 +20,11 @@ def records(run: str | Path) -> list[tuple[Any, ...]]:
     return [(line["step"], line.get("loss"), line.get("grad_norm")) for line in lines]
 
 
-@pytest.mark.parametrize("layout", [(), ("--nproc", "2", "--parallel.dp_shard", "2")], ids=["alone", "fsdp 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [(), pytest.param(("--nproc", "2", "--parallel.dp_shard", "2"), marks=pytest.mark.slow)],
+    ids=["alone", "fsdp 2"],
+)
 def test_training_is_the_same_to_the_last_bit(cli: Cli, layout: tuple[str, ...], tmp_path: Path) -> None:
     assert cli(*SMALL, *layout, "--run.name", "without").status == 0
     watched = cli(*SMALL, *layout, "--run.name", "watched", "--debugger.every", "1st")
@@ -32,6 +36,7 @@ def test_training_is_the_same_to_the_last_bit(cli: Cli, layout: tuple[str, ...],
     assert not run.findings()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_has_the_statistics_of_one_that_was_not(cli: Cli, tmp_path: Path) -> None:
     assert cli(*SMALL, *EVERY, "--run.name", "whole").status == 0
     again = (*SMALL, *EVERY, "--run.name", "broken", "--run.resume", "auto")

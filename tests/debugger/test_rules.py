@@ -26,7 +26,7 @@ STEPS = 40
 def healthy(step: int) -> dict[str, torch.Tensor]:
     """Tensors of a model of two layers that learns."""
     generator = torch.Generator().manual_seed(step)
-    found = {}
+    found = {"active/relu": torch.full((20,), 0.5), "unsaturated/tanh": torch.ones(20)}
     for layer in ("one.weight", "two.weight"):
         weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) * (0.1 + 0.001 * step)
         found[layer] = weight
@@ -93,6 +93,9 @@ FAULTS: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
     "WeightUpdateRatio, small": (
         "WeightUpdateRatio", {"change": scaled("update/one.weight", 1e-7, 13)}, 14, ("one.weight",)),
     "AllZero": ("AllZero", {"change": scaled("gradient/two.weight", 0.0, 5)}, 6, ("gradient/two.weight",)),
+    "DeadRelu": ("DeadRelu", {"change": scaled("active/relu", 0.0, 15)}, 16, ("relu",)),
+    "SaturatedActivation": (
+        "SaturatedActivation:threshold_layer=90", {"change": scaled("unsaturated/tanh", 0.0, 15)}, 16, ("tanh",)),
     "TensorVariance": (
         "TensorVariance:max_threshold=1", {"change": scaled("one.weight", 20.0, 9)}, 10, ("one.weight",)),
     "UnchangedTensor": ("UnchangedTensor", {"change": still}, 24, ("two.weight",)),
@@ -102,7 +105,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
     "LossSpike": ("LossSpike:window=20", {"losses": lambda step: 1 / step + (step == 33)}, 33, ()),
     "Overfit": ("Overfit:patience=2", {"held_out": lambda step: 1.0}, 40, ()),
     "Overtraining": (
-        "Overtraining:patience_train=2,patience_validation=2",
+        "Overtraining:patience_train=2:patience_validation=2",
         {"losses": lambda step: 1.0, "held_out": lambda step: 1.0}, 30, ()),
     "StalledTrainingRule": (
         "StalledTrainingRule", {"time": lambda step: 1000.0 + step + 2000 * (step >= 17)}, 17, ()),

@@ -282,7 +282,9 @@ def trained_with_dropout(rank: int, ranks: int, overrides: dict[str, Any]) -> bo
     return losses[0] != losses[1]
 
 
-@pytest.mark.parametrize(("ranks", "overrides"), [(1, {}), (2, {}), (2, {"parallel.dp_shard": 2})])
+@pytest.mark.parametrize(
+    ("ranks", "overrides"), [(2, {}), pytest.param(2, {"parallel.dp_shard": 2}, marks=pytest.mark.slow)]
+)
 def test_a_model_that_comes_in_evaluation_mode_is_trained(ranks: int, overrides: dict[str, Any]) -> None:
     assert all(run_ranks(trained_with_dropout, ranks, ranks, overrides))
 

@@ -104,7 +104,10 @@ def settles_and_trains(rank: int, ranks: int, family: str, overrides: dict[str, 
     return norms, whole(engine)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"parallel.micro_batch": 2, "parallel.find_unused_parameters": True}])
+SET = {"parallel.micro_batch": 2, "parallel.find_unused_parameters": True}
+
+
+@pytest.mark.parametrize("overrides", [{}, pytest.param(SET, marks=pytest.mark.slow)])
 def test_ddp_does_not_wait_for_parameters_that_no_step_uses(overrides: dict[str, Any]) -> None:
     norms, weights = run_ranks(settles_and_trains, 1, 1, "wasteful", {})[0]
     for found_norms, found in run_ranks(settles_and_trains, 2, 2, "wasteful", overrides):

@@ -27,7 +27,7 @@ class Rule:
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
-    """Of tensors that it looks at."""
+    """Of tensors that it looks at: it is shown the steps that have any, and every step where it names none."""
     why: ClassVar[str] = ""
     """A sentence: why what it finds matters."""
     advice: ClassVar[str] = ""
@@ -47,23 +47,24 @@ class Watch:
 
     def __init__(self, rules: Iterable[Rule], failed: Callable[[str], Any]) -> None:
         self._rules, self._failed = list(rules), failed
+        self._of_every_step = [rule for rule in self._rules if not rule.kinds]
         self._wrong: dict[int, set[str]] = {}
 
     def update(self, seen: Seen) -> Iterator[Finding]:
         """New findings of this step."""
-        for rule in list(self._rules):
+        for rule in self._of_every_step if seen.tensors is None else list(self._rules):
             try:
                 found = list(rule.update(seen))
             except Exception as error:  # noqa: BLE001 - a rule may be anyone's
-                self._rules.remove(rule)
+                self._rules = [each for each in self._rules if each is not rule]
+                self._of_every_step = [each for each in self._of_every_step if each is not rule]
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 self._failed(f"rule {type(rule).__name__} failed at step {seen.step} and is switched off ({reason})")
                 continue
-            yield from self._new(rule, found, seen)
+            if found or id(rule) in self._wrong:
+                yield from self._new(rule, found)
 
-    def _new(self, rule: Rule, found: list[Finding], seen: Seen) -> Iterator[Finding]:
-        if not found and rule.kinds and seen.tensors is None:
-            return  # it had nothing to look at
+    def _new(self, rule: Rule, found: list[Finding]) -> Iterator[Finding]:
         before = self._wrong.get(id(rule), set())
         self._wrong[id(rule)] = {place for each in found for place in each.where or ("",)}
         for each in found:

@@ -1,4 +1,4 @@
-"""The rules by name, and making them of words: ``VanishingGradient`` or ``VanishingGradient:threshold=1e-6``.
+"""The rules by name, and making them of words: ``VanishingGradient`` or ``Overfit:patience=3:ratio_threshold=0.5``.
 
 build(["default", "LossNotDecreasing:num_steps=100"])
 """
@@ -11,13 +11,13 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from dltrain.debugger.rules import losses, tensors
+from dltrain.debugger.rules import activations, losses, tensors
 from dltrain.debugger.rules.base import Rule
 from dltrain.errors import UserError, nearest
 
 RULES: dict[str, type[Rule]] = {
     name: value
-    for module in (tensors, losses)
+    for module in (tensors, activations, losses)
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, Rule) and value is not Rule
 }
@@ -28,9 +28,11 @@ DEFAULT = (
     "ExplodingTensor",
     "WeightUpdateRatio",
     "AllZero",
+    "DeadRelu",
+    "SaturatedActivation",
     "UnchangedTensor",
     "LossSpike",
-    "Overfit:ratio_threshold=1,patience=3",
+    "Overfit:ratio_threshold=1:patience=3",
     "StalledTrainingRule",
     "LossScaleCollapse",
 )
@@ -51,14 +53,14 @@ def build(words: Iterable[str]) -> list[Rule]:
 
 
 def _made(word: str) -> Rule:
-    name, _, rest = word.partition(":")
+    name, *pairs = word.split(":")
     if name not in RULES:
         raise UserError(f"debugger.rules has no rule {name!r}; {nearest(name, [*RULES, 'default'])}")
     kind = RULES[name]
     hints = get_type_hints(kind)
     known = {each.name: hints[each.name] for each in fields(kind) if not each.name.startswith("_")}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in pairs:
         parameter, given, text = pair.partition("=")
         if parameter not in known or not given:
             raise UserError(f"rule {name} has no parameter {parameter!r}; {nearest(parameter, known)}")
