@@ -210,7 +210,7 @@ def test_what_the_data_cost_is_seen(server: FaultyS3, tmp_path: Path) -> None:
     assert seen["data/retries"] == seen["data/throttled"] == 2
     assert seen["data/requests"] == 2 + SHARDS * 3  # two parts of each shard, and its index
     assert source.gauge.total.bytes > SAMPLES * SIZE
-    assert 0 < seen["data/cache_hits"] < 1
+    assert 0 < seen["data/cache_hits"] <= 1  # all of them where the prefetcher was quick
     assert seen["data/read_ms"] > 0
     assert seen["data/decode_ms"] > 0
     assert source.seen()["data/requests"] == 0
