@@ -43,7 +43,12 @@ class OurLoop:
         self._task = _CaseTask(self._config, case, plan)
         self._batch, self._hooks = _batch_of(case), hooks
         mesh = build_mesh(self._config.parallel, environment or Environment(), case.device)
-        self._engine = parallelize(self._task, self._config, mesh, case.device, lambda: self._batch)
+
+        def watch(model: nn.Module) -> None:
+            for hook in hooks:
+                hook.model_built(model)
+
+        self._engine = parallelize(self._task, self._config, mesh, case.device, lambda: self._batch, watch=watch)
         self.model: nn.Module = self._engine.model
 
     def prepare(self, steps: int) -> Callable[[], object]:
