@@ -48,6 +48,9 @@ class Timed(Debug):
         self.seconds: list[float] = []
         for name in EVENTS:
             setattr(self, name, self._timed(getattr(self, name), begins=name == EVENTS[0]))
+        if self._activations is not None:  # which are noted in the forward pass
+            note = self._timed(self._activations._take, begins=False)
+            self._activations._take = note
 
     def _timed(self, event: Callable[..., Any], begins: bool) -> Callable[..., Any]:
         def measured(*details: Any) -> Any:

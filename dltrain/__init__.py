@@ -35,6 +35,7 @@ _HOMES = {
     "UserError": "dltrain.errors",
     "main": "dltrain.job",
     "open_dataset": "dltrain.data.dataset",
+    "open_run": "dltrain.debugger.run",
     "preset": "dltrain.config",
 }
 

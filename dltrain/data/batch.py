@@ -37,7 +37,8 @@ class Batch:
     encoded: Mapping[str, EncodedCrops] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fields", Fields(self.fields))
+        if not isinstance(self.fields, Fields):
+            object.__setattr__(self, "fields", Fields(self.fields))
 
     def __len__(self) -> int:
         return len(self.keys)

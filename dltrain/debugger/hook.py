@@ -17,7 +17,6 @@ from torch import nn
 from dltrain import storage
 from dltrain.config import Config
 from dltrain.debugger.activations import Activations
-from dltrain.debugger.findings import Finding
 from dltrain.debugger.policy import Policy, kinds_of
 from dltrain.debugger.rules.base import Watch
 from dltrain.debugger.rules.catalogue import build
@@ -45,7 +44,6 @@ class Debug(Hook):
         self._due, self._sent = False, deque[tuple[int, Table]]()
         self._store = Store(folder / "statistics") if folder else None
         self._findings: IO[str] | None = None
-        self.found: list[Finding] = []
 
     def model_built(self, model: nn.Module) -> None:
         if self._activations is not None:
@@ -115,7 +113,6 @@ class Debug(Hook):
     def _judge(self, seen: Seen) -> Request | None:
         found = list(self._watch.update(seen))
         for each in found:
-            self.found.append(each)
             warn(self._environment, str(each))
             if self._findings is not None:
                 self._findings.write(each.as_json() + "\n")

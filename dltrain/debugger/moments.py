@@ -109,7 +109,8 @@ def _larger(one: float, other: float) -> float:
 
 def _on_device(flat: Tensor) -> Tensor:
     if not flat.numel():
-        return torch.tensor(NOTHING, dtype=torch.float64).to(flat.device, non_blocking=True)
+        nothing = [torch.full((), value, dtype=torch.float64, device=flat.device) for value in NOTHING]
+        return torch.stack(nothing)  # filled there: a copy from the host would wait for the device
     count, absolute = flat.numel(), flat.abs()
     variance, mean = torch.var_mean(flat, correction=0)
     least, largest = torch.aminmax(flat)

@@ -10,14 +10,14 @@ all ranks make the whole of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dltrain.debugger.moments import COLUMNS, NOTHING, SUMS, moments_of
+from dltrain.debugger.moments import NOTHING, SUMS, moments_of
 from dltrain.debugger.reductions import Array
 from dltrain.parallel.engine import Engine
 from dltrain.parallel.pieces import Piece
@@ -67,13 +67,13 @@ class Sampler:
         self._places = {name: place for place, name in enumerate(self.names)}
         self._found: dict[int, Tensor] = {}
         self._before: dict[str, Tensor] = {}
-        nothing = torch.tensor(NOTHING, dtype=torch.float64, device=self._device)
-        self._nothing = nothing.expand(len(self.names), len(COLUMNS))
+        self._nothing = torch.tensor(NOTHING, dtype=torch.float64, device=self._device)
 
     def take(self, kind: str) -> None:
         """Look at what there is of a kind; gradients between backward pass and step, the others after it."""
-        for piece in self._pieces(kind):
-            if piece.counts:
+        pieces = self._updates() if kind == "updates" else self._engine.pieces(kind)
+        for piece in pieces:
+            if piece.counts and piece.local.numel():
                 self.put(name_of(kind, piece.name), moments_of([piece.local])[0])
 
     def put(self, name: str, row: Tensor) -> None:
@@ -81,7 +81,7 @@ class Sampler:
         self._found[self._places[name]] = row
 
     def remember(self) -> None:
-        """The weights before a step, so that its updates can be seen after it; the memory for them is kept."""
+        """The weights before a step, so that its updates can be seen after it."""
         for piece in self._engine.pieces("weights"):
             if piece.counts and piece.name in self._trained:
                 kept = self._before.setdefault(piece.name, torch.empty_like(piece.local))
@@ -89,10 +89,8 @@ class Sampler:
 
     def send(self) -> Table:
         """What was taken since last time, of all ranks, on its way to the host; collective."""
-        rows = self._nothing.clone()
-        if self._found:
-            places = torch.tensor(list(self._found), dtype=torch.long, device=self._device)
-            rows[places] = torch.stack([row.to(self._device) for row in self._found.values()])
+        # in a list, for an index on the host would make it wait for the device
+        rows = torch.stack([self._found.get(place, self._nothing) for place in range(len(self.names))])
         self._found = {}
         sums, largest = rows[:, : len(SUMS)].contiguous(), rows[:, len(SUMS) :].contiguous()
         if _ranks() > 1:
@@ -100,14 +98,13 @@ class Sampler:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return Table(sums, largest)
 
-    def _pieces(self, kind: str) -> Iterable[Piece]:
-        if kind != "updates":
-            return self._engine.pieces(kind)
-        return (
-            Piece(piece.name, torch.sub(piece.local, kept, out=kept), True)
-            for piece in self._engine.pieces("weights")
-            if (kept := self._before.get(piece.name)) is not None
-        )
+    def _updates(self) -> Iterator[Piece]:
+        for piece in self._engine.pieces("weights"):
+            kept = self._before.get(piece.name)
+            if kept is not None:
+                yield Piece(piece.name, torch.sub(piece.local, kept, out=kept), True)
+        if self._device.type == "cuda":  # whose memory is dear, and quick to have again; a host's is neither
+            self._before = {}
 
 
 def _ranks() -> int:

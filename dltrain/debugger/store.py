@@ -61,8 +61,9 @@ class Store:
         header = _header(names)
         last = None
         for path in segments_in(self._folder):
-            kept = _cut(path, step)
-            last = path if kept and path.read_bytes()[: len(header)] == header else None
+            line = _cut(path, step)
+            if line:
+                last = path if line == header else None
         path = last or self._folder / f"segment-{step:08d}.f64"
         self._segment = path.open("ab", buffering=0)
         if last is None:
@@ -138,17 +139,21 @@ def _header(names: Sequence[str]) -> bytes:
     return text + b" " * (-(len(text) + 1) % _ALIGNED) + b"\n"
 
 
-def _cut(path: Path, step: int) -> bool:
-    """Drop rows of later steps; returns whether the file is still there."""
-    data = path.read_bytes()
-    segment = read_segment(data, str(path))
-    rows = int(np.searchsorted(segment.steps, step, side="right"))
-    if not rows:
+def _cut(path: Path, step: int) -> bytes:
+    """Drop rows of later steps; returns the first line, or nothing where no row is left, nor the file."""
+    with path.open("rb") as file:
+        line = file.readline()
+    names = read_segment(line, str(path)).names
+    width = 1 + len(names) * len(COLUMNS)
+    rows = (path.stat().st_size - len(line)) // (8 * width)
+    steps = np.memmap(path, np.float64, "r", len(line), (rows, width))[:, 0] if rows else np.empty(0)
+    kept = int(np.searchsorted(steps, step, side="right"))
+    del steps
+    if not kept:
         path.unlink()
-        return False
-    start = data.index(b"\n") + 1
-    os.truncate(path, start + rows * 8 * (1 + len(segment.names) * len(COLUMNS)))
-    return True
+        return b""
+    os.truncate(path, len(line) + kept * 8 * width)
+    return line
 
 
 def _cut_scalars(path: Path, step: int) -> None:

@@ -81,7 +81,8 @@ def _copied(model: nn.Module, device: torch.device) -> nn.Module | str:
 def _fault(task: Task, twin: nn.Module, share: Share, mesh: Mesh, batch: Batch) -> str:
     """What is wrong, as a sentence; empty where nothing is, and where the whole model differs from itself."""
     losses, gradients = _passed(task, twin, batch)
-    again, _ = _passed(task, twin, batch)
+    with torch.no_grad():
+        again = _losses(task, twin, batch)
     if not torch.equal(losses, again):
         return ""
     share(twin)
@@ -126,10 +127,14 @@ def _shares(mesh: Mesh) -> str:
     return " and ".join(f"parallel.{name} is {degree}" for name, degree in degrees.items() if degree > 1)
 
 
+def _losses(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    return losses_of(task, model(*inputs_of(task, batch, _FP32)), batch, _FP32)[1]
+
+
 def _passed(task: Task, model: nn.Module, batch: Batch, mesh: Mesh | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses by sample, and whole gradients by name; of a model that ranks share, where there is a mesh."""
     model.zero_grad(set_to_none=True)
-    losses = losses_of(task, model(*inputs_of(task, batch, _FP32)), batch, _FP32)[1]
+    losses = _losses(task, model, batch)
     losses.sum().backward()  # type: ignore[no-untyped-call]
     if mesh is not None:
         add_up(model.parameters())

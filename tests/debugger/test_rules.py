@@ -188,6 +188,13 @@ def test_a_rule_named_again_takes_the_place_of_the_default() -> None:
     assert len(rules) == len(build(["default"]))
 
 
+def test_updates_without_their_weights_are_no_fault_of_a_rule() -> None:
+    seen = Seen(
+        2, loss=1.0, learning_rate=0.1, tensors=Tensors(Index(["update/w"]), moments_of([torch.ones(3)]).numpy())
+    )
+    assert not judged(list(RULES), [seen] * 4)
+
+
 def test_nothing_is_found_of_empty_tensors() -> None:
     index = Index(["w", "gradient/w", "update/w"])
     rows = moments_of([torch.empty(0)] * 3).numpy()

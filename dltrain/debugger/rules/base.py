@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from dltrain.debugger.findings import Finding
-from dltrain.debugger.seen import Seen
+from dltrain.debugger.seen import Seen, Tensors
 
 
 class Rule:
@@ -26,8 +26,6 @@ class Rule:
     wrong; that it was wrong at the step before, too, is not reported again.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ()
-    """Of tensors that it looks at: it is shown the steps that have any, and every step where it names none."""
     why: ClassVar[str] = ""
     """A sentence: why what it finds matters."""
     advice: ClassVar[str] = ""
@@ -42,12 +40,23 @@ class Rule:
         return Finding(type(self).__name__, step, what, self.why, self.advice, tuple(where), dict(numbers))
 
 
+class TensorRule(Rule):
+    """A rule about tensors: it is shown the steps that have statistics, by :meth:`look`."""
+
+    def update(self, seen: Seen) -> Iterable[Finding]:
+        return () if seen.tensors is None else self.look(seen, seen.tensors)
+
+    def look(self, seen: Seen, tensors: Tensors) -> Iterable[Finding]:
+        """What is wrong with them at this step."""
+        raise NotImplementedError(f"{type(self).__name__} must say in look() what is wrong")
+
+
 class Watch:
     """Several rules over the steps of a run; ``failed`` is told of a rule that was switched off, and why."""
 
     def __init__(self, rules: Iterable[Rule], failed: Callable[[str], Any]) -> None:
         self._rules, self._failed = list(rules), failed
-        self._of_every_step = [rule for rule in self._rules if not rule.kinds]
+        self._of_every_step = [rule for rule in self._rules if not isinstance(rule, TensorRule)]
         self._wrong: dict[int, set[str]] = {}
 
     def update(self, seen: Seen) -> Iterator[Finding]:

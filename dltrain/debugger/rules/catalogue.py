@@ -19,7 +19,7 @@ RULES: dict[str, type[Rule]] = {
     name: value
     for module in (tensors, activations, losses)
     for name, value in vars(module).items()
-    if isinstance(value, type) and issubclass(value, Rule) and value is not Rule
+    if isinstance(value, type) and issubclass(value, Rule) and value.__module__ == module.__name__ and name[0] != "_"
 }
 """By SageMaker Debugger's names, where it has them."""
 

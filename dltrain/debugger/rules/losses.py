@@ -6,12 +6,28 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import fmean, pstdev
+from statistics import pstdev
 from typing import ClassVar
 
 from dltrain.debugger.findings import Finding
 from dltrain.debugger.rules.base import Rule
 from dltrain.debugger.seen import Seen
+
+
+class _Mean:
+    """Of what was added since it was taken last."""
+
+    def __init__(self) -> None:
+        self.count, self._sum = 0, 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self._sum += value
+
+    def take(self) -> float:
+        mean = self._sum / self.count
+        self.count, self._sum = 0, 0.0
+        return mean
 
 
 @dataclass
@@ -24,17 +40,17 @@ class LossNotDecreasing(Rule):
     num_steps: int = 10
     diff_percent: float = 0.1
     increase_threshold_percent: float = 5.0
-    _losses: list[float] = field(default_factory=list, repr=False)
+    _losses: _Mean = field(default_factory=_Mean, repr=False)
     _before: float = field(default=math.nan, repr=False)
 
     def update(self, seen: Seen) -> Iterable[Finding]:
         if seen.scores:
             return
-        self._losses.append(seen.loss)
-        if len(self._losses) < self.num_steps:
+        self._losses.add(seen.loss)
+        if self._losses.count < self.num_steps:
             return
-        mean, before = fmean(self._losses), self._before
-        self._losses, self._before = [], mean
+        mean, before = self._losses.take(), self._before
+        self._before = mean
         if not math.isfinite(mean):
             yield self.finding(seen.step, "the loss is not finite", loss=mean)
         if not math.isfinite(mean) or not math.isfinite(before) or not before:
@@ -83,17 +99,16 @@ class Overfit(Rule):
     start_step: int = 0
     patience: int = 1
     ratio_threshold: float = 0.1
-    _losses: list[float] = field(default_factory=list, repr=False)
+    _losses: _Mean = field(default_factory=_Mean, repr=False)
     _times: int = field(default=0, repr=False)
 
     def update(self, seen: Seen) -> Iterable[Finding]:
         if not seen.scores:
-            self._losses.append(seen.loss)
+            self._losses.add(seen.loss)
             return
-        if "loss" not in seen.scores or not self._losses or seen.step < self.start_step:
+        if "loss" not in seen.scores or not self._losses.count or seen.step < self.start_step:
             return
-        train, held_out = fmean(self._losses), seen.scores["loss"]
-        self._losses = []
+        train, held_out = self._losses.take(), seen.scores["loss"]
         ratio = (held_out - train) / train if train else 0.0
         self._times = self._times + 1 if ratio > self.ratio_threshold else 0
         if self._times >= self.patience:
@@ -111,17 +126,17 @@ class Overtraining(Rule):
     patience_train: int = 5
     patience_validation: int = 10
     delta: float = 0.01
-    _losses: list[float] = field(default_factory=list, repr=False)
+    _losses: _Mean = field(default_factory=_Mean, repr=False)
     _best: dict[str, float] = field(default_factory=dict, repr=False)
     _since: dict[str, int] = field(default_factory=dict, repr=False)
 
     def update(self, seen: Seen) -> Iterable[Finding]:
         if not seen.scores:
-            self._losses.append(seen.loss)
+            self._losses.add(seen.loss)
             return
-        if "loss" not in seen.scores or not self._losses:
+        if "loss" not in seen.scores or not self._losses.count:
             return
-        train, self._losses = fmean(self._losses), []
+        train = self._losses.take()
         self._note("training", train)
         self._note("held-out", seen.scores["loss"])
         if self._since["training"] >= self.patience_train and self._since["held-out"] >= self.patience_validation:
@@ -145,8 +160,9 @@ class StalledTrainingRule(Rule):
     _before: float = field(default=0.0, repr=False)
 
     def update(self, seen: Seen) -> Iterable[Finding]:
-        waited, self._before = seen.time - self._before, seen.time
-        if waited < seen.time and waited > self.threshold:
+        before, self._before = self._before, seen.time
+        waited = seen.time - before
+        if before and waited > self.threshold:
             yield self.finding(seen.step, f"the step came {waited:.0f} s after the one before", seconds=waited)
 
 
