@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from dltrain.data.order import Order
     from dltrain.data.reader import Dataset
     from dltrain.data.writer import ShardWriter
+    from dltrain.debugger.run import open_run
     from dltrain.errors import UserError
     from dltrain.hooks.base import Hook, Request
     from dltrain.job import main
