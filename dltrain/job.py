@@ -241,7 +241,7 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
         hooks.append(CheckAgreement(int(job.config.run.check_every.value)))
     if job.config.run.collect_every:
         hooks.append(Collection(job.config.run.collect_every))
-    if job.config.debugger.every or job.config.debugger.steps:
+    if job.config.debugger.on:
         from dltrain.debugger.hook import Debug
 
         folder = run.debugger if job.environment.is_main else None

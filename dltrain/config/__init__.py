@@ -4,6 +4,7 @@ config = load_overrides(digits(), {"optim.learning_rate": "0.1"})
 assert from_yaml(Config, to_yaml(config)) == config
 """
 
+from dltrain.config.debugger import Collection, Debugger, Profiler
 from dltrain.config.deepspeed import DeepSpeed
 from dltrain.config.length import Length
 from dltrain.config.load import from_tree, from_yaml, load_overrides, split_arguments, to_yaml
@@ -12,7 +13,6 @@ from dltrain.config.tree import (
     Checkpoint,
     Config,
     Data,
-    Debugger,
     Evaluation,
     Logging,
     Model,
@@ -28,6 +28,7 @@ from dltrain.config.tree import (
 
 __all__ = [
     "Checkpoint",
+    "Collection",
     "Config",
     "Data",
     "Debugger",
@@ -39,6 +40,7 @@ __all__ = [
     "Optim",
     "Parallel",
     "Precision",
+    "Profiler",
     "Run",
     "Schedule",
     "Section",

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
+from dltrain.config.debugger import Debugger, Profiler
 from dltrain.config.deepspeed import DeepSpeed, refuse_other_layouts
 from dltrain.config.length import Length
 from dltrain.config.section import Section
@@ -324,26 +325,6 @@ class Logging(Section):
     """Write TensorBoard events."""
 
 
-class Debugger(Section):
-    """Statistics of tensors while the model trains, and rules that watch them; off while `every` is 0st."""
-
-    every: Length = Length.parse("0st")
-    """Interval between statistics of tensors, in steps; the first step has them, too."""
-    start: int = NotNegative
-    """First step with statistics."""
-    end: int = NotNegative
-    """First step without statistics again; 0 for none."""
-    steps: tuple[int, ...] = ()
-    """Steps with statistics, in place of the interval."""
-    collect: tuple[str, ...] = ("weights", "gradients", "updates", "activations")
-    """Kinds of tensors: weights, gradients (before clipping), updates (what a step adds to the weights), activations
-    (what ReLU, GELU and the like return), and states of the optimizer by its own names, such as exp_avg."""
-    rules: tuple[str, ...] = ("default",)
-    """Rules by name, with parameters as in VanishingGradient:threshold=1e-6; default stands for several."""
-    action: Literal["log", "save", "stop"] = "log"
-    """What follows when a rule finds something: tell it, save a checkpoint too, or stop the run, resumable."""
-
-
 class Evaluation(Section):
     """The held-out samples: when they are scored and which score counts."""
 
@@ -376,6 +357,7 @@ class Config(Section):
     logging: Logging = Logging()
     evaluation: Evaluation = Evaluation()
     debugger: Debugger = Debugger()
+    profiler: Profiler = Profiler()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -383,9 +365,8 @@ class Config(Section):
         for name, length in (*lengths, *_milestones(self.schedule)):
             if length.unit == "h":
                 raise ValueError(f"{name} is {length}: give it in epochs (ep) or steps (st)")
-        for name, length in (("run.check_every", self.run.check_every), ("debugger.every", self.debugger.every)):
-            if length.unit != "st":
-                raise ValueError(f"{name} is {length}: give it in steps (st)")
+        if self.run.check_every.unit != "st":
+            raise ValueError(f"run.check_every is {self.run.check_every}: give it in steps (st)")
         if self.run.length.unit == "h" and self.schedule.name == "cosine":
             raise ValueError("schedule.name cosine needs run.length in epochs or steps; take 'constant' or 'step'")
         if self.data.train and self.data.sources:

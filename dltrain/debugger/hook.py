@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,9 +118,11 @@ class Debug(Hook):
             warn(self._environment, str(each))
             if self._findings is not None:
                 self._findings.write(each.as_json() + "\n")
-        if not found or self._settings.action == "log":
+        if not found:
             return None
-        return Request.STOP if self._settings.action == "stop" else Request.SAVE
+        asked = {"save": Request.SAVE, "stop": Request.STOP}
+        wanted = [asked[action] for action in self._settings.actions if action in asked]
+        return reduce(or_, wanted) if wanted else None
 
 
 def _resumed(path: Path, step: int) -> IO[str]:

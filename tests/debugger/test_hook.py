@@ -69,7 +69,7 @@ def test_what_is_found_live_is_found_afterwards_and_shown(cli: Cli, tmp_path: Pa
 
 
 def test_a_finding_may_stop_the_run(cli: Cli) -> None:
-    done = cli(*SMALL, *WILD, "--nproc", "2", "--debugger.action", "stop")
+    done = cli(*SMALL, *WILD, "--nproc", "2", "--debugger.actions", "stop")
     assert done.status == 75, done.err
     assert "stopped and saved at step" in done.err
 
@@ -79,7 +79,7 @@ def test_a_finding_may_stop_the_run(cli: Cli) -> None:
     [
         (("--debugger.rules", "[VanishingGradiant]"), "has no rule 'VanishingGradiant'; did you mean 'VanishingGradie"),
         (("--debugger.collect", "[weight]"), "debugger.collect names 'weight', which there is not; did you mean 'weig"),
-        (("--debugger.every", "2ep"), "debugger.every is 2ep: give it in steps"),
+        (("--debugger.every", "2ep"), "give it in steps, such as 50st"),
     ],
 )
 def test_mistakes_are_one_sentence(cli: Cli, words: tuple[str, ...], sentence: str) -> None:
