@@ -47,12 +47,11 @@ class Timed(Debug):
         super().__init__(config, Environment(), folder)
         self.seconds: list[float] = []
         for name in EVENTS:
-            setattr(self, name, self._timed(getattr(self, name), begins=name == EVENTS[0]))
-        if self._activations is not None:  # which are noted in the forward pass
-            note = self._timed(self._activations._take, begins=False)
-            self._activations._take = note
+            setattr(self, name, self._counted(getattr(self, name), begins=name == EVENTS[0]))
+        activations = self._collector._activations  # which are noted in the forward pass
+        setattr(activations, "_take", self._counted(activations._take, begins=False))  # noqa: B010 - a method
 
-    def _timed(self, event: Callable[..., Any], begins: bool) -> Callable[..., Any]:
+    def _counted(self, event: Callable[..., Any], begins: bool) -> Callable[..., Any]:
         def measured(*details: Any) -> Any:
             started = time.perf_counter()
             asked = event(*details)

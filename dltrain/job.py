@@ -244,8 +244,7 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
     if job.config.debugger.on:
         from dltrain.debugger.hook import Debug
 
-        folder = run.debugger if job.environment.is_main else None
-        hooks.append(Debug(job.config, job.environment, folder))
+        hooks.append(Debug(job.config, job.environment, run.debugger, task.rules()))
     if not job.environment.is_main:
         return hooks
     hooks += [Records(run.metrics), *progress(job.config.logging.progress)]

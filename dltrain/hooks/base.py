@@ -23,6 +23,8 @@ from dltrain.errors import UserError
 from dltrain.parallel.engine import Engine
 
 if TYPE_CHECKING:
+    from dltrain.data.loader import Loader
+    from dltrain.metrics.base import Metric
     from dltrain.readings import Reading
 
 EVENTS = (
@@ -62,6 +64,7 @@ class View(Protocol):
 
     config: Config
     engine: Engine
+    loader: Loader
     step: int
     total_steps: int
 
@@ -70,6 +73,11 @@ class View(Protocol):
 
     @property
     def epoch(self) -> float: ...
+
+    @property
+    def last_metric(self) -> Metric | None:
+        """Of the last evaluation, over all ranks."""
+        ...
 
 
 class Hook:
