@@ -22,11 +22,11 @@ class Captured:
     """Batches of the last steps, where ``wanted``."""
 
     def __init__(self, wanted: bool, folder: Path) -> None:
-        self._wanted, self._folder = wanted, folder / "batches"
+        self.wanted, self._folder = wanted, folder / "batches"
         self._kept: deque[tuple[int, Batch]] = deque(maxlen=STEPS_BACK)
 
     def keep(self, step: int, batch: Batch) -> None:
-        if self._wanted:
+        if self.wanted:
             self._kept.append((step, batch.host or batch))
 
     def write(self, step: int) -> Path | None:

@@ -61,6 +61,11 @@ class Collector:
         self._of_modules = Sampler(engine, [each for each in choice.names if kind_of(each) in OF_MODULES])
         return choice
 
+    @property
+    def next(self) -> int:
+        """The next step on which there is something to do."""
+        return 0 if self._labels.on else self._choice.next
+
     def step_start(self, trainer: View, batch: Batch) -> None:
         due = self._due = self._choice.due(trainer.step + 1)
         if self._labels.on:

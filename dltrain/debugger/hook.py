@@ -28,13 +28,16 @@ from dltrain.debugger.policy import Policy
 from dltrain.debugger.recorder import Guard, Recorder
 from dltrain.debugger.rules.base import Rule, Watch
 from dltrain.debugger.rules.catalogue import build
-from dltrain.debugger.seen import Seen, Tensors
+from dltrain.debugger.seen import NOT_OBSERVED, Seen, Tensors
 from dltrain.debugger.system import SystemWatch
 from dltrain.hooks.base import NOTHING, Hook, Request, View
 from dltrain.readings import Reading
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.logs import warn
 from dltrain.runtime.step_clock import CLOCK
+
+AT_ONCE = 16
+"""Steps that rules look at together, where nothing but telling follows what they find, and no statistics are due."""
 
 
 class Audience(Protocol):
@@ -73,6 +76,10 @@ class Debug(Hook):
         every, self._seconds = config.profiler.every, config.profiler.system or 1.0
         self._timed = Policy(int(every.value)) if every else Policy.of(settings)
         self._max_norm, self._started = config.optim.max_norm, False
+        self._busy, self._next = False, 0
+        self._unread: list[tuple[float, Reading]] = []
+        self._read_at: deque[int] = deque()
+        self._at_once = AT_ONCE if set(words) == {"log"} else 1
 
     def model_built(self, model: nn.Module) -> None:
         self._collector.install(model)
@@ -82,39 +89,63 @@ class Debug(Hook):
         choice = self._collector.begin(trainer)
         engine.sample_losses.on = self.needs.losses
         self._timelines = Timelines(self._environment, engine.device)
-        CLOCK.watch(self._timed.due, engine.device)
+        CLOCK.watch(self._timed.next, engine.device)
         if self._environment.is_main:
             self._recorder = Recorder(self._folder, self._guard, trainer.step, choice.names, bool(choice.counted))
             self._system = SystemWatch(self._seconds, engine.device)
 
     def step_start(self, trainer: View, batch: Batch) -> None:
-        self._collector.step_start(trainer, batch)
-        self._captured.keep(trainer.step + 1, batch)
+        self._busy = trainer.step + 1 >= self._next
+        if self._busy:
+            self._collector.step_start(trainer, batch)
+            self._captured.keep(trainer.step + 1, batch)
 
     def gradients_ready(self, trainer: View) -> None:
-        self._collector.gradients_ready(trainer)
+        if self._busy:
+            self._collector.gradients_ready(trainer)
 
     def step_end(self, trainer: View) -> None:
-        self._timelines.step_end(trainer.step, CLOCK.on)
-        if self._collector.step_end(trainer) and self.needs.replicas:
-            self._faults.append((trainer.step, trainer.engine.fault()))
+        if not self._busy:
+            return
+        step = trainer.step
+        self._timelines.step_end(step, CLOCK.on)
+        if self._collector.step_end(trainer):
+            self._read_at.append(step)
+            if self.needs.replicas:
+                self._faults.append((step, trainer.engine.fault()))
+        always = self._captured.wanted or self._timelines.waiting
+        self._next = 0 if always else min(self._collector.next, self._timed.next(step + 1))
 
     def step_read(self, trainer: View, reading: Reading) -> Request | None:
-        step = reading.step
-        tensors = self._collector.read(step)
-        timeline = self._timelines.read(step)
-        if self._recorder is None:
-            return None
-        clip = min(1.0, self._max_norm / (reading.norm + 1e-6)) if self._max_norm else 1.0
-        values = (time.time(), reading.loss, reading.norm, reading.learning_rate, reading.loss_scale, clip)
-        self._recorder.scalars(step, values)
-        if tensors is None and timeline is None and self._started:
-            return self._judge(Seen(step, *values))
-        return self._judge(Seen(step, *values, tensors, observed=self._observed(step, tensors, timeline)))
+        # what rules do at every step is done for several at once: by itself it would find the processor's caches cold
+        self._unread.append((time.time(), reading))
+        due = reading.step == self._read_at[0] if self._read_at else False
+        return self._catch_up() if due or len(self._unread) >= self._at_once else None
 
-    def evaluation_start(self, trainer: View) -> None:
+    def _catch_up(self) -> Request | None:
+        """Record and judge the steps whose values have come."""
+        asked = NOTHING
+        unread, self._unread = self._unread, []
+        for now, reading in unread:
+            step, tensors = reading.step, None
+            if self._read_at and self._read_at[0] == step:
+                self._read_at.popleft()
+                tensors = self._collector.read(step)
+            timeline = self._timelines.read(step)
+            if self._recorder is None:
+                continue
+            clip = min(1.0, self._max_norm / (reading.norm + 1e-6)) if self._max_norm else 1.0
+            values = (now, reading.loss, reading.norm, reading.learning_rate, reading.loss_scale, clip)
+            self._recorder.scalars(step, values)
+            plain = tensors is None and timeline is None and self._started
+            observed = NOT_OBSERVED if plain else self._observed(step, tensors, timeline)
+            asked |= self._judge(Seen(step, *values, tensors, observed=observed))
+        return asked or None
+
+    def evaluation_start(self, trainer: View) -> Request | None:
         if self._settings.evaluation:
             self._collector.evaluation_start()
+        return self._catch_up()
 
     def evaluation_end(self, trainer: View, record: dict[str, Any]) -> Request | None:
         tensors = self._collector.evaluation_end(trainer) if self._settings.evaluation else None
@@ -129,14 +160,18 @@ class Debug(Hook):
         if tensors is not None:
             self._recorder.evaluation(trainer.step, tensors)
         scores = {name.removeprefix("evaluation/"): value for name, value in record.items()}
-        return self._judge(Seen(trainer.step, time.time(), scores=scores, observed=observed))
+        return self._judge(Seen(trainer.step, time.time(), scores=scores, observed=observed)) or None
 
-    def checkpoint_saved(self, trainer: View, path: Path) -> None:
+    def checkpoint_saved(self, trainer: View, path: Path) -> Request | None:
+        asked = self._catch_up()
         if self._recorder is not None:
             self._recorder.flush()  # a run that is killed goes on from here
+        return asked
 
     def close(self) -> None:
-        CLOCK.wanted = None
+        CLOCK.rest()
+        if self._recorder is not None:
+            self._catch_up()
         self._actions.close()
         for part in (self._system, self._recorder):
             if part is not None:
@@ -161,7 +196,7 @@ class Debug(Hook):
             self._recorder.observed(step, kind, value)
         return observed
 
-    def _judge(self, seen: Seen) -> Request | None:
+    def _judge(self, seen: Seen) -> Request:
         asked = NOTHING
         for each in self._watch.update(seen):
             self._told(str(each))
@@ -173,4 +208,4 @@ class Debug(Hook):
             asked |= self._actions.act(words, each)
             if "capture" in words:
                 self._guard("captured batches", partial(self._captured.write, each.step))
-        return asked or None
+        return asked

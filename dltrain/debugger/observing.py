@@ -120,6 +120,11 @@ class Timelines:
         self._parts: dict[int, dict[str, float]] = {}
         self._sent: deque[tuple[int, int, OnTheWay]] = deque()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a step's parts are still to be gathered."""
+        return bool(self._due)
+
     def step_end(self, step: int, timed: bool) -> None:
         """Gathers the parts of a step that is long over; collective, at the same steps on all ranks. ``timed``: this
         step's are to follow."""

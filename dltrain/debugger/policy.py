@@ -6,9 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dltrain.config import Collection, Debugger
-
-NEVER = 1 << 62
-"""A step that does not come."""
+from dltrain.runtime.step_clock import NEVER
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from dltrain.config import Config, Debugger
 from dltrain.debugger.needs import Needs
-from dltrain.debugger.policy import NEVER, Policy, first_due
+from dltrain.debugger.policy import Policy, first_due
 from dltrain.debugger.seen import kind_of
 from dltrain.errors import UserError, nearest
+from dltrain.runtime.step_clock import NEVER
 
 STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """Tensors of optimizers by their names."""
@@ -54,15 +55,16 @@ class Choice:
         self.counted = frozenset[str]().union(*counted) | {n for n in self.names if kind_of(n) in needs.histograms}
         self.counted -= {name for name in self.counted if kind_of(name) in OF_MODULES[1:]}
         self.raw = frozenset[str]().union(*kept) | {n for n in self.names if any(re.search(each, n) for each in raw)}
-        self._next = NEVER if not groups else 0
+        self.next = NEVER if not groups else 0
+        """The first step that may be due."""
         self._found: dict[tuple[bool, ...], frozenset[str]] = {}
 
     def due(self, step: int) -> frozenset[str]:
         """The names of the tensors that are due on this step; asked of ever later steps."""
-        if step < self._next:
+        if step < self.next:
             return NOTHING
         which = tuple(policy.due(step) for policy in self._policies)
-        self._next = first_due(self._policies, step + 1)
+        self.next = first_due(self._policies, step + 1)
         if which not in self._found:
             some = [members for members, is_due in zip(self._members, which, strict=True) if is_due]
             self._found[which] = frozenset[str]().union(*some)

@@ -1,7 +1,7 @@
 """Where the time of a step goes, part after part: marks that loop and engines set, and nothing but a comparison on
 steps that nobody asked for.
 
-    CLOCK.wanted = lambda step: step % 50 == 0
+    CLOCK.watch(policy.next, device)  # policy.next(step): the first step from this one on that is wanted
     CLOCK.begin(step)  # by the loop, before it waits for a batch
     CLOCK.mark("data_wait")  # what went by since the last mark was this
     CLOCK.taken()  # later: {50: {"data_wait": 0.001, "forward": ...}}
@@ -31,6 +31,9 @@ PARTS = (
 )
 """Communication is what shows: not what goes on beside forward and backward passes. Pipeline is waiting for stages."""
 
+NEVER = 1 << 62
+"""A step that does not come."""
+
 _Mark = tuple[str, "float | torch.cuda.Event"]
 
 
@@ -39,24 +42,32 @@ class StepClock:
 
     def __init__(self) -> None:
         self.on = False
-        self.wanted: Callable[[int], bool] | None = None
+        self._next = NEVER
+        self._following: Callable[[int], int] = lambda step: NEVER
         self._cuda = False
         self._step = 0
         self._marks: list[_Mark] = []
         self._closed: deque[tuple[int, list[_Mark]]] = deque()
 
-    def watch(self, wanted: Callable[[int], bool] | None, device: torch.device) -> None:
-        """From now on, take the parts of the steps that are wanted; ``None`` ends it."""
-        self.on, self.wanted, self._cuda = False, wanted, device.type == "cuda"
+    def watch(self, following: Callable[[int], int], device: torch.device) -> None:
+        """From now on, take the parts of wanted steps: ``following(step)`` is the first of them from that step on."""
+        self.on, self._next, self._following, self._cuda = False, 0, following, device.type == "cuda"
         self._marks, self._closed = [], deque()
+
+    def rest(self) -> None:
+        """Take no more."""
+        self.on, self._next = False, NEVER
 
     def begin(self, step: int) -> None:
         """A step begins, and the one before it ends."""
         if self.on:
             self._closed.append((self._step, self._marks))
-        self.on = self.wanted is not None and self.wanted(step)
-        if self.on:
+            self.on = False
+        if step >= self._next:
+            self._next = self._following(step)
+            self.on = self._next == step
             self._step, self._marks = step, [("", self._now())]
+            self._next = self._following(step + 1)
 
     def mark(self, part: str) -> None:
         """The time since the last mark was that part's."""

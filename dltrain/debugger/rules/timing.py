@@ -98,7 +98,7 @@ class DataWait(_Timed):
     why: ClassVar = "The loader is slower than the model."
     advice: ClassVar = "Raise data.workers, make samples cheaper to decode, or put the data nearer."
     threshold: float = 50.0
-    least: float = 0.01
+    least: float = 0.05
 
     def look(self, step: int, seconds: dict[str, Array], timeline: dict[str, Any]) -> Finding | None:
         waited = float(seconds["data_wait"].min())
@@ -121,7 +121,7 @@ class Straggler(_Timed):
     why: ClassVar = "All ranks wait for the slowest one in every step."
     advice: ClassVar = "Look at that rank's host: other jobs, heat, a slow disk; or at work on that rank alone."
     threshold: float = 30.0
-    least: float = 0.01
+    least: float = 0.05
     _rank: int = field(default=-1, repr=False)
 
     def look(self, step: int, seconds: dict[str, Array], timeline: dict[str, Any]) -> Finding | None:
