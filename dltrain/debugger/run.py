@@ -77,7 +77,8 @@ class SavedRun:
     """What a run has written so far; :meth:`refresh` reads what came since."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._folder = url, storage.join(url, "debugger")
+        self.url = url
+        self._folder = storage.join(url, "debugger")
         self.refresh()
 
     def refresh(self) -> None:
@@ -102,6 +103,15 @@ class SavedRun:
         """One: statistics are those of all ranks together."""
         return ["all"]
 
+    def segments(self, mode: str = "train") -> list[Segment]:
+        """Statistics of all tensors as they are stored."""
+        return self._of(mode)
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` says of it; nothing where there is none."""
+        url = storage.join(self.url, "run.json")
+        return dict(json.loads(storage.read(url))) if storage.exists(url) else {}
+
     def scalars(self, name: str) -> tuple[Array, Array]:
         """Steps, and one of :data:`~dltrain.debugger.store.SCALARS` at each, such as the loss: of every step."""
         if name not in SCALARS:
@@ -123,7 +133,7 @@ class SavedRun:
             return self._clipped(name)
         found = [segment for segment in self._of(mode) if name in segment.names]
         if name not in self._present[mode]:
-            raise UserError(f"{self._url} has no tensor {name!r}; {nearest(name, self._present[mode])}")
+            raise UserError(f"{self.url} has no tensor {name!r}; {nearest(name, self._present[mode])}")
         steps = np.concatenate([segment.steps for segment in found])
         moments = np.concatenate([each.values[:, each.names.index(name)] for each in found])
         there = moments[:, 0] > 0
@@ -149,7 +159,7 @@ class SavedRun:
         wanted, until = set(steps), time.monotonic() + timeout
         while not wanted <= set(self.steps()):
             if time.monotonic() > until:
-                raise UserError(f"{self._url} has no statistics of steps {_some(sorted(wanted - set(self.steps())))}")
+                raise UserError(f"{self.url} has no statistics of steps {_some(sorted(wanted - set(self.steps())))}")
             time.sleep(1.0)
             self.refresh()
 
@@ -164,7 +174,11 @@ class SavedRun:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The scores of each evaluation, with its ``step``."""
-        return [line for line in _lines(storage.join(self._url, "metrics.jsonl")) if line.get("kind") == "evaluation"]
+        return [line for line in self.metrics() if line.get("kind") == "evaluation"]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What was logged: each record with its ``kind`` and ``step``."""
+        return _lines(storage.join(self.url, "metrics.jsonl"))
 
     def judge(self, rules: Iterable[str | Rule]) -> Iterator[Finding]:
         """What these rules find in it now, and would have found then."""

@@ -75,6 +75,11 @@ def build(words: Iterable[str | Rule]) -> list[Rule]:
     return list(found.values())
 
 
+def names_of(words: Iterable[str]) -> list[str]:
+    """Names of the rules that words stand for, known or not, each once."""
+    return list(dict.fromkeys(each.partition(":")[0].rpartition(".")[2] for word in words for each in _several(word)))
+
+
 def _several(word: str) -> Iterator[str]:
     name, *pairs = word.split(":")
     if word == "default":
