@@ -1,4 +1,4 @@
-"""Pictures of an evaluation. matplotlib is imported here alone, and draws without a screen."""
+"""Pictures of an evaluation. matplotlib draws without a screen."""
 
 from __future__ import annotations
 

@@ -109,10 +109,10 @@ def thinned(steps: Array, values: Array, most: int = POINTS) -> tuple[Array, Arr
         )
 
 
-def line(axes: Any, steps: Array, values: Array, label: str, colour: str, **options: Any) -> None:
+def line(axes: Any, steps: Array, values: Array, label: str, colour: str, most: int = POINTS) -> None:
     """A line of a series over steps, and around it, where it was thinned, the range that it lies in."""
-    at, mean, low, high = thinned(np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64))
-    axes.plot(at, mean, color=colour, label=label, **options)
+    at, mean, low, high = thinned(np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64), most)
+    axes.plot(at, mean, color=colour, label=label)
     if len(at) < len(steps):
         axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
 

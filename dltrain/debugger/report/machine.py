@@ -26,6 +26,9 @@ _NAMES = {
 
 _GPUS = 8
 
+_POINTS = 150
+"""Of a line."""
+
 _NAMED = 4
 """Lines of a plot that are named."""
 
@@ -74,7 +77,7 @@ def _over_time(samples: list[dict[str, Any]]) -> str:
         axis.set_axis_off()
     for (title, some), axis in zip(panels, axes.flat, strict=False):
         for (label, values), colour in zip(some, SERIES, strict=False):
-            line(axis, times, values, label, colour)
+            line(axis, times, values, label, colour, _POINTS)
         axis.set(title=title, xlabel=unit, ylim=(0, 103 if title.startswith("%") else None))
         if len(some) <= _NAMED:
             axis.legend(fontsize=7)
