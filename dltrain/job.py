@@ -34,12 +34,9 @@ from dltrain.config.tree import AUTO
 from dltrain.data.reader import Dataset
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from dltrain.evaluation import evaluate, write_report
-from dltrain.hooks.agreement import CheckAgreement
 from dltrain.hooks.base import Hook
-from dltrain.hooks.collection import Collection
-from dltrain.hooks.progress import progress
-from dltrain.hooks.records import Records
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
+from dltrain.job_hooks import hooks_of
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.checks import check_layout, layout_for_scoring
@@ -105,7 +102,7 @@ def train(job: Job) -> int:
         run: RunFolder = _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset))
         loader = train_loader(data, place, run.quarantine)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
-        hooks = _hooks(job, task, run)
+        hooks = hooks_of(job.config, task, run, job.environment)
         weights = None if _goes_on(job, run) else starting_weights(job.config, job.environment)
         trainer = Trainer(
             job.config,
@@ -231,28 +228,6 @@ def _recorded(job: Job, run: RunFolder, dataset: Dataset, hooks: list[Hook], wei
     finally:
         for hook in hooks:
             hook.close()
-
-
-def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
-    hooks = task.hooks()
-    if not isinstance(hooks, list) or not all(isinstance(hook, Hook) for hook in hooks):
-        raise UserError(f"{type(task).__name__}.hooks() must return a list of hooks, such as [MyHook()], not {hooks!r}")
-    if job.config.run.check_every:
-        hooks.append(CheckAgreement(int(job.config.run.check_every.value)))
-    if job.config.run.collect_every:
-        hooks.append(Collection(job.config.run.collect_every))
-    if job.config.debugger.on:
-        from dltrain.debugger.hook import Debug
-
-        hooks.append(Debug(job.config, job.environment, run.debugger, task.rules()))
-    if not job.environment.is_main:
-        return hooks
-    hooks += [Records(run.metrics), *progress(job.config.logging.progress)]
-    if job.config.logging.tensorboard:
-        from dltrain.hooks.tensorboard import TensorBoard  # slow to import, and may be switched off
-
-        hooks.append(TensorBoard(run.tensorboard))
-    return hooks
 
 
 def _show_model(hooks: list[Hook], model: nn.Module) -> None:

@@ -108,5 +108,9 @@ class Profiler(Section):
     """Ranks that trace."""
     memory: tuple[int, ...] = ()
     """Steps after which a snapshot of the device's memory is written; out of memory writes one anyway."""
-    system: float = Field(default=0.0, ge=0)
-    """Seconds between looks at CPU, disk, network and GPUs; 0 takes none, but 1 where the debugger is on."""
+    system: float = Field(default=1.0, gt=0)
+    """Seconds between looks at CPU, disk, network and GPUs, where the debugger is on."""
+    flops: bool = False
+    """Count the model's FLOPs, and tell how many are done per second; it is on where the debugger is."""
+    peak_tflops: float = Field(default=0.0, ge=0)
+    """TFLOPs per second of a device at its best, for its utilisation (mfu); 0 takes those of GPUs that are known."""
