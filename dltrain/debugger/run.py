@@ -23,6 +23,8 @@ from dltrain.debugger.reductions import Array, reduce
 from dltrain.debugger.rules.base import Watch
 from dltrain.debugger.rules.catalogue import build
 from dltrain.debugger.seen import Index, Seen, Tensors, kind_of
+from dltrain.debugger.smdebug.folder import is_smdebug
+from dltrain.debugger.smdebug.run import ImportedRun
 from dltrain.debugger.store import SCALARS, Segment, read_folder
 from dltrain.errors import UserError, nearest
 
@@ -122,9 +124,12 @@ class SavedRun:
                 yield Seen(int(step), line["time"], scores=found)
 
 
-def open_run(url: str) -> SavedRun:
-    """The run in a folder or under a URL. Raises :class:`UserError` where it has no statistics."""
-    return SavedRun(str(url))
+def open_run(url: str) -> SavedRun | ImportedRun:
+    """The run, or the trial of SageMaker Debugger's, in a folder or under a URL.
+
+    Raises :class:`UserError` where it has no statistics.
+    """
+    return ImportedRun(str(url)) if is_smdebug(str(url)) else SavedRun(str(url))
 
 
 def _is_score(line: dict[str, Any]) -> bool:
