@@ -40,7 +40,6 @@ _MEAN_DOMINATES = 0.1
 """Share of the squares that is the mean's, from which on they are taken anew around it."""
 
 
-@torch.no_grad()
 def moments_of(tensors: Sequence[Tensor]) -> Tensor:
     """Float64 [tensors, 9], columns as :data:`COLUMNS`, on the tensors' device, which is never waited for.
 
@@ -49,7 +48,7 @@ def moments_of(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.empty(0, len(COLUMNS), dtype=torch.float64)
     if tensors[0].device.type == "cpu":
-        return torch.tensor([_on_host(_flat(tensor).numpy()) for tensor in tensors], dtype=torch.float64)
+        return torch.from_numpy(np.array([_on_host(_flat(tensor).numpy()) for tensor in tensors]))
     return torch.stack([_on_device(_flat(tensor)) for tensor in tensors])
 
 
@@ -64,6 +63,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _on_host(flat: Floats) -> tuple[float, ...]:
     """By numpy, on one core: torch would start its threads for each piece, and wait for those that others hold."""
+    if 0 < len(flat) <= len(_ONES):  # most tensors are one chunk, and many so small that calls are all they cost
+        found, tops = _of_chunk(flat, np.empty_like(flat))
+        return (*found, *tops)
     sums, largest = list(NOTHING[: len(SUMS)]), list(NOTHING[len(SUMS) :])
     scratch = np.empty(min(_CHUNK, len(flat)), np.float32)
     for start in range(0, len(flat), _CHUNK):
