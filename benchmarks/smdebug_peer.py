@@ -1,8 +1,10 @@
 """What smdebug's hook adds to a step, run by :mod:`benchmarks.smdebug` with the interpreter of smdebug's environment.
 
-    python smdebug_peer.py '{"layers": 25, "width": 256, "batch": 32, "steps": 4, "rounds": 7, "folder": "..."}'
+    python smdebug_peer.py '{"layers": 25, "width": 256, "batch": 32, "steps": 4, "rounds": 7, "folder": "...",
+                             "reductions": {"reductions": ["max"]}}'
 
-Imports nothing of dltrain. The last line on standard output is one JSON object: seconds of CPU by round, with and without.
+Imports nothing of dltrain. The last line on standard output is one JSON object: seconds of CPU by round, with the hook
+and without.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ import smdebug.pytorch as smd
 import torch
 from torch import nn
 
-REDUCTIONS = {"reductions": ["max"], "abs_reductions": ["mean"]}
-
 
 class Loop:
     """Plain PyTorch over one batch, with or without a hook."""
@@ -33,7 +33,7 @@ class Loop:
                 folder,
                 save_config=smd.SaveConfig(save_interval=1),
                 include_collections=["weights", "biases", "gradients"],
-                reduction_config=smd.ReductionConfig(**REDUCTIONS),
+                reduction_config=smd.ReductionConfig(**asked["reductions"]),
             )
             self._hook.register_module(self._model)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
