@@ -108,6 +108,9 @@ def _lacks(run: ImportedRun, rule: Rule, worker: str) -> str:
     return ""
 
 
+_SIZES = ("abs_max", "abs_mean", "abs_sum", "l1", "l2")
+"""Reductions that are 0 where all values are."""
+
 _BY_KIND = {"active": "ReLUs' outputs (relu_output)", "unsaturated": "inputs of tanh or sigmoid (tanh_input)"}
 
 
@@ -120,7 +123,7 @@ def _needed(run: ImportedRun, kind: str, reduction: str, worker: str) -> str:
 
 
 def _has(tensor: ImportedTensor, reduction: str) -> bool:
-    if reduction == "abs_max" and tensor.can("min") and tensor.can("max"):
+    if reduction == "abs_max" and (any(map(tensor.can, _SIZES)) or (tensor.can("min") and tensor.can("max"))):
         return True
     return tensor.can(reduction) if reduction else bool(tensor.values())
 
@@ -219,5 +222,4 @@ def _sum(kept: dict[str, float]) -> float:
 
 
 def _is_nothing(kept: dict[str, float]) -> bool:
-    sizes = ("abs_max", "abs_mean", "abs_sum", "l1", "l2")
-    return any(kept.get(name) == 0 for name in sizes) or kept.get("min") == kept.get("max") == 0
+    return any(kept.get(name) == 0 for name in _SIZES) or kept.get("min") == kept.get("max") == 0

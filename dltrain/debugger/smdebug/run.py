@@ -48,9 +48,13 @@ class ImportedTensor:
     """
 
     name: str
-    steps: list[int]
-    _forms: list[Forms]
+    _forms: dict[int, Forms]
     _folder: Folder
+
+    @property
+    def steps(self) -> list[int]:
+        """Where there is something of it, in order."""
+        return list(self._forms)
 
     def value(self, step: int) -> Values:
         """The values at a step, in their own shape and dtype. Raises :class:`UserError` where they were not kept."""
@@ -62,7 +66,7 @@ class ImportedTensor:
 
     def written(self) -> dict[int, tuple[float, Values]]:
         """Seconds since 1970 and values, by step, where these were kept."""
-        there = [step for step, forms in zip(self.steps, self._forms, strict=True) if VALUE in forms]
+        there = [step for step, forms in self._forms.items() if VALUE in forms]
         return dict(zip(there, self._folder.read(self._place(step, VALUE) for step in there), strict=True))
 
     def kept(self, step: int) -> list[str]:
@@ -89,10 +93,10 @@ class ImportedTensor:
 
     def can(self, name: str) -> bool:
         """Whether a reduction was kept, or can be computed, at every step."""
-        return all(_form_for(name, forms) is not None for forms in self._forms)
+        return all(_form_for(name, forms) is not None for forms in self._forms.values())
 
     def _reduced(self, steps: list[int], name: str) -> Array:
-        kept = {form for forms in self._forms for form in forms if form != VALUE}
+        kept = {form for forms in self._forms.values() for form in forms if form != VALUE}
         if name not in REDUCTIONS and name not in kept:
             raise UserError(f"there is no reduction {name!r}; {nearest(name, {*REDUCTIONS, *kept})}")
         forms = [_form_for(name, self._at(step)) for step in steps]
@@ -111,9 +115,9 @@ class ImportedTensor:
         return forms[form]
 
     def _at(self, step: int) -> Forms:
-        if step not in self.steps:
+        if step not in self._forms:
             raise UserError(f"{self.name} has nothing of step {step}; it has {_some(self.steps)}")
-        return self._forms[self.steps.index(step)]
+        return self._forms[step]
 
 
 class ImportedRun:
@@ -145,17 +149,18 @@ class ImportedRun:
 
     def tensor_names(self, kind: str = "", regex: str = "", collection: str = "") -> list[str]:
         """Names of tensors: all, or those of a kind, or those that the expression is found in, or of a collection."""
-        members = self._members(collection) if collection else None
+        if collection and collection not in self._folder.collections:
+            raise UserError(f"{self._url} has no collection {collection!r}; {nearest(collection, self.collections())}")
         return [
             name
             for name in sorted(self._folder.places)
-            if (members is None or name in members) and (not kind or self.kind_of(name) == kind)
+            if (not collection or self._belongs(name, collection)) and (not kind or self.kind_of(name) == kind)
             and re.search(regex, name)
         ]  # fmt: skip
 
     def kind_of(self, name: str) -> str:
         """weights, gradients, activations, losses or scalar."""
-        if name in self._members("losses"):
+        if "losses" in self._folder.collections and self._belongs(name, "losses"):
             return "losses"
         return "activations" if re.search(r"_(in|out)put_\d+$", name) else kind_of(name)
 
@@ -175,7 +180,7 @@ class ImportedRun:
             for step in self._steps_of(mode)
             if step in places and (not worker or worker in places[step])
         }
-        return ImportedTensor(found, list(mine), list(mine.values()), self._folder)
+        return ImportedTensor(found, mine, self._folder)
 
     def scalars(self, name: str) -> tuple[Array, Array]:
         """Steps, and a number at each: the loss in training, or what the script saved by ``save_scalar``."""
@@ -224,14 +229,11 @@ class ImportedRun:
     def _number(self, step: int, mode: str) -> int:
         return self._folder.steps[step].step if mode else step
 
-    def _members(self, collection: str) -> set[str]:
-        if collection not in self._folder.collections:
-            if collection == "losses":
-                return set()
-            raise UserError(f"{self._url} has no collection {collection!r}; {nearest(collection, self.collections())}")
+    def _belongs(self, name: str, collection: str) -> bool:
+        """Whether a tensor is one of a collection's, or its name as it was matches one of the expressions."""
         names, expressions = self._folder.collections[collection]
-        there = self._folder.original
-        return {ours for ours, name in there.items() if name in names or any(re.search(e, name) for e in expressions)}
+        original = self._folder.original.get(name, name)
+        return original in names or any(re.search(each, original) for each in expressions)
 
     def _losses(self) -> list[str]:
         return self.tensor_names(kind="losses")
