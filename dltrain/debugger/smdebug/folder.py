@@ -67,7 +67,7 @@ class Folder:
     """By tensor, step and worker."""
     original: dict[str, str] = field(default_factory=dict)
     """Names as smdebug wrote them, by canonical ones."""
-    collections: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
+    collections: dict[str, tuple[set[str], list[str]]] = field(default_factory=dict)
     """Original names of tensors, and regular expressions of some, by collection."""
     _expected: int = 1
     """Workers that write."""
@@ -123,8 +123,8 @@ class Folder:
             tree = _parsed(data) or {}
             self._expected = max(len(self.workers), int(tree.get("_meta", {}).get("num_workers", 1)))
             for name, each in tree.get("collections", {}).items():
-                names, expressions = self.collections.setdefault(name, ([], []))
-                names += [one for one in each.get("tensor_names", ()) if one not in names]
+                names, expressions = self.collections.setdefault(name, (set(), []))
+                names |= {*each.get("tensor_names", ())}
                 expressions += [one for one in each.get("include_regex", ()) if one not in expressions]
 
     def _add(self, url: str, index: dict[str, Any], events: str) -> None:
