@@ -77,7 +77,7 @@ COMPARISONS = {
 
 @dataclass(frozen=True)
 class Rounds:
-    """How much is measured: ``passes`` alternate between the libraries, and ``rounds`` between hook and none, of ``steps`` each."""
+    """How much is measured: passes alternate between the libraries, rounds of so many steps between hook and none."""
 
     passes: int
     rounds: int
