@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dltrain.debugger.activations import LEAST, SIGMOID, TANH
+from dltrain.debugger.activations import SIGMOID, TANH
 from dltrain.debugger.findings import Finding
 from dltrain.debugger.moments import COLUMNS
 from dltrain.debugger.reductions import Array
@@ -44,6 +44,9 @@ _OF_KIND: dict[type[Rule], str] = {
     tensors.UnchangedTensor: "weights",
 }
 """What rules look at that do not say it themselves."""
+
+DEAD = 0.01
+"""Of its elements a unit is active in fewer."""
 
 LEARNING_RATE = math.nan
 """It is not known, and it is not 0."""
@@ -191,10 +194,10 @@ def _units_of(name: str) -> tuple[str, Callable[[Values], Values] | None]:
 
 
 def _shares(working: Values) -> Values:
-    """Of each unit, a channel of images or a feature of tokens: the share of its elements, 0 below :data:`LEAST`."""
+    """Of each unit, a channel of images or a feature of tokens: the share of its elements, 0 below :data:`DEAD`."""
     axis = 1 if working.ndim >= 4 else working.ndim - 1
     shares: Values = working.mean(tuple(each for each in range(working.ndim) if each != axis))
-    return np.where(shares < LEAST, 0.0, shares)
+    return np.where(shares < DEAD, 0.0, shares)
 
 
 def _row_of_numbers(kept: dict[str, float]) -> Array:

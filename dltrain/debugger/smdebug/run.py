@@ -159,10 +159,11 @@ class ImportedRun:
         ]  # fmt: skip
 
     def kind_of(self, name: str) -> str:
-        """weights, gradients, activations, losses or scalar."""
+        """weights, gradients, activations (what modules return), inputs (what they take in), losses or scalar."""
         if "losses" in self._folder.collections and self._belongs(name, "losses"):
             return "losses"
-        return "activations" if re.search(r"_(in|out)put_\d+$", name) else kind_of(name)
+        module = re.search(r"_(in|out)put_\d+$", name)
+        return kind_of(name) if module is None else "activations" if module[1] == "out" else "inputs"
 
     def tensor(self, name: str, worker: str = "", mode: str = "") -> ImportedTensor:
         """A tensor by its canonical name, or the one it had; of the first worker that wrote it, or the one named.
