@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -50,6 +50,7 @@ from dltrain.runtime.logs import say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
 from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
+from dltrain.sagemaker.debug_hook import apply_debug_hook
 from dltrain.task import Task
 from dltrain.trainer import Trainer
 from dltrain.verification import record_steps
@@ -95,6 +96,7 @@ def train(job: Job) -> int:
     storage.configure(job.config.storage)
     with joined(job.config, job.environment) as device, stop_flag() as stop:
         report_ready(job.environment.rank)
+        job = _with_one_debugger(job)
         task = job.task(job.config)
         mesh = build_mesh(job.config.parallel, job.environment, device)
         place = Place(job.config, task, job.environment, mesh, device)
@@ -161,6 +163,7 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
     recipe = _declared(task)
     if known.command == "train":
         config = apply_channels(recipe.configure(known.preset, overrides, known.config), read_channels())
+        config = apply_debug_hook(config, overrides, environment)
         return train(Job(task, recipe.name, known.preset, config, environment))
     if known.run is None:
         raise UserError(f"{known.command} needs a folder: {known.command} FOLDER")
@@ -181,6 +184,12 @@ def _declared(task: type[Task]) -> Declarations:
     path = Path(inspect.getfile(task))
     name = os.environ.get(RECIPE, recipe_name(str(path)))
     return describe_module(module, name, path, module.__doc__ or "")
+
+
+def _with_one_debugger(job: Job) -> Job:
+    """Rank 0's settings of the debugger on every rank: a file of each host may have been read."""
+    debugger = _agreed(job, lambda: job.config.debugger)
+    return replace(job, config=job.config.replace(debugger=debugger))
 
 
 T = TypeVar("T")

@@ -87,6 +87,9 @@ class Debugger(Section):
     actions: tuple[str, ...] = ("log",)
     """What follows when a rule finds something: log, save (a checkpoint), capture (the batch), stop (resumable),
     call:module.function, webhook:https://..., sns:arn:..."""
+    config: str = ""
+    """SageMaker Debugger's debughookconfig.json, or a list of its rules, by path or URL; empty reads the one that
+    SMDEBUG_CONFIG_FILE_PATH names or that lies in /opt/ml/input/config, if any, and off none. Other settings win."""
     strict: bool = False
     """End the run when a part of the debugger fails, such as by a full disk; otherwise it is told and left out."""
 

@@ -189,8 +189,10 @@ def test_a_disk_that_fills_ends_the_statistics_and_not_the_training(cli: Cli, sm
 
 def test_a_folder_that_cannot_be_written_is_told_once(cli: Cli, tmp_path: Path) -> None:
     rules = "tests.recipes.rules.InTheWay"
-    words = (*SMALL, "--debugger.every", "1st", "--debugger.rules", rules, "--profiler.trace", "8")
-    done = cli(*words, "--debugger.collections", "{a: {include: [nothing]}}", PYTHONPATH=str(ROOT))
+    words = (*SMALL[:4], "--debugger.every", "1st", "--debugger.rules", rules, "--profiler.trace", "8")
+    done = cli(
+        *words, "--run.name", "mine", "--debugger.collections", "{a: {include: [nothing]}}", PYTHONPATH=str(ROOT)
+    )
     assert done.status == 0, done.err
     assert done.err.count("the debugger cannot write") == 1
     assert done.err.count("training goes on without traces") == 1
