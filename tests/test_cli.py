@@ -129,7 +129,7 @@ def test_tensorboard_shows_scalars_text_images_and_hparams(run: Path) -> None:
     assert any("_hparams_" in tag for tag in [*tags["tensors"], *events.summary_metadata])
 
 
-@pytest.mark.parametrize("ranks", ["1", "3"])
+@pytest.mark.parametrize("ranks", ["1", pytest.param("3", marks=pytest.mark.slow)])
 def test_eval_counts_every_sample_once_on_any_number_of_ranks(cli: Cli, run: Path, ranks: str) -> None:
     done = cli("eval", str(run), "--nproc", ranks)
     assert done.status == 0, done.err
