@@ -88,7 +88,7 @@ class Debug(Hook):
         engine = trainer.engine
         choice = self._collector.begin(trainer)
         engine.sample_losses.on = self.needs.losses
-        self._timelines = Timelines(self._environment, engine.device)
+        self._timelines = Timelines(self._environment, engine)
         CLOCK.watch(self._timed.next, engine.device)
         if self._environment.is_main:
             self._recorder = Recorder(self._folder, self._guard, trainer.step, choice.names, bool(choice.counted))
