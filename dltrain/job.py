@@ -53,6 +53,7 @@ from dltrain.runtime.logs import say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
 from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
+from dltrain.sagemaker.tensorboard import tensorboard_folder
 from dltrain.task import Task
 from dltrain.trainer import Trainer
 from dltrain.verification import record_steps
@@ -244,15 +245,16 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
     if job.config.debugger.on:
         from dltrain.debugger.hook import Debug
 
-        folder = run.debugger if job.environment.is_main else None
-        hooks.append(Debug(job.config, job.environment, folder))
+        hooks.append(Debug(job.config, job.environment, run.debugger if job.environment.is_main else None))
+    folder = job.config.logging.tensorboard_folder or tensorboard_folder()  # on every rank: all refuse a mistake
     if not job.environment.is_main:
         return hooks
     hooks += [Records(run.metrics), *progress(job.config.logging.progress)]
     if job.config.logging.tensorboard:
-        from dltrain.hooks.tensorboard import TensorBoard  # slow to import, and may be switched off
+        from dltrain.tensorboard.events import Events, place_of  # slow to import, and may be switched off
+        from dltrain.tensorboard.hook import TensorBoard
 
-        hooks.append(TensorBoard(run.tensorboard))
+        hooks.append(TensorBoard(Events(*place_of(folder, run.path)), job.environment))
     return hooks
 
 
@@ -321,7 +323,8 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
         path = step_folder(run.checkpoints, trainer.step)
         facts = _report_facts(run, trainer.step, path, job.config)
         write_report(trainer.last_metric, run.report, facts, job.environment)
-        _show_pictures(run, trainer.step, hooks)
+        for hook in hooks if job.environment.is_main else ():
+            hook.report_written(trainer.step, run.report)
     rate = trainer.trained_samples / max(trainer.trained_seconds, 1e-9)
     facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
     _record_end(job, run, status, scores=trainer.scores, micro_batch=trainer.engine.micro_batch, **facts)
@@ -330,15 +333,6 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
     if job.environment.is_main:
         _show({**trainer.scores, **facts, "run": str(run.path)})
     return 0
-
-
-def _show_pictures(run: RunFolder, step: int, hooks: list[Hook]) -> None:
-    from dltrain.hooks.tensorboard import TensorBoard
-
-    pictures = [(path.stem.replace("_", " "), path) for path in sorted(run.report.glob("*.png"))]
-    for hook in hooks:
-        if isinstance(hook, TensorBoard):
-            hook.pictures(step, pictures)
 
 
 def _report_facts(run: RunFolder, step: int, checkpoint: Path | None, config: Config) -> dict[str, Any]:

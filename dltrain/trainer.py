@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class Trainer:
         self._stop = StopFlag() if stop is None else stop
         self._random_stream = random_stream
         self.step, self.scores, self.status = 0, {}, "new"
+        self.last_metric: Metric | None = None
         self.best: dict[str, Any] | None = None
         self._evaluation_left = False
         self._timed = _timed_requests(config)
@@ -134,7 +136,8 @@ class Trainer:
             return None
         self._drain()
         self._tell("evaluation_start")
-        metric = evaluate(self.engine, self.task, self.evaluation)
+        watch = partial(self._tell, "evaluation_batch") if self._listeners["evaluation_batch"] else None
+        self.last_metric = metric = evaluate(self.engine, self.task, self.evaluation, watch)
         self.scores, self._evaluation_left = metric.compute(), False
         record = {"step": self.step, "epoch": self.epoch, **{f"evaluation/{k}": v for k, v in self.scores.items()}}
         self._tell("evaluation_end", record)
@@ -325,13 +328,11 @@ class Trainer:
 
     def _finish(self) -> str:
         self._drain()
-        self.last_metric = self.evaluate()
+        self.evaluate()
         self.save()
         self.status = "finished"
         self._tell("fit_end")
         return self.status
-
-    last_metric: Metric | None = None
 
     def _tell(self, event: str, *details: Any) -> None:
         for hook in self._listeners[event]:

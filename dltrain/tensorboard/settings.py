@@ -1,0 +1,56 @@
+"""The HParams tab: a run's settings beside its scores, in columns that are the same for all runs of a recipe.
+
+begin = session_start(config, ["evaluation/accuracy", "loss/evaluation"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, summary
+
+from dltrain.config import Config
+
+_SECTIONS = ("model", "optim", "schedule", "precision")
+_LAYOUT = ("engine", "dp_replicate", "dp_shard", "tp", "cp", "pp", "micro_batch")
+_OTHERS = ("run.length", "run.seed", "data.global_batch_size", "data.tail", *(f"parallel.{name}" for name in _LAYOUT))
+"""What changes what is learnt, or how fast; of the rest one does not compare runs by."""
+
+_FIRST = ("optim.learning_rate", "optim.weight_decay", "data.global_batch_size", "model.name", "run.length")
+"""Columns that are seen before one asks for others."""
+
+
+def session_start(config: Config, metrics: Sequence[str]) -> list[Summary]:
+    """What is written when a run begins: its settings, and the tags whose last values are its scores."""
+    flat = flattened(config.model_dump(mode="json"))
+    columns = {name: value for name, value in flat.items() if name.partition(".")[0] in _SECTIONS or name in _OTHERS}
+    infos = [
+        api_pb2.HParamInfo(
+            name=name,
+            type=api_pb2.DATA_TYPE_STRING if isinstance(value, str) else api_pb2.DATA_TYPE_FLOAT64,
+            differs=name in _FIRST,
+        )
+        for name, value in columns.items()
+    ]
+    shown = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in metrics]
+    return [summary.experiment_pb(infos, shown), summary.session_start_pb(columns)]
+
+
+def session_end() -> Summary:
+    """What is written when a run has ended well."""
+    return summary.session_end_pb(api_pb2.STATUS_SUCCESS)
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+    """A tree's leaves by dotted name; numbers are numbers, all else is text."""
+    flat: dict[str, int | float | str] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flattened(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float | str) and not isinstance(value, bool):
+            flat[prefix + name] = value
+        else:
+            flat[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+    return flat
