@@ -3,14 +3,14 @@
 features = Features()
 features.watch(model)
 features.begin()  # then the evaluation runs, and tells of each batch
-features.add(batch, labels, outputs, losses)
+features.add(batch, {"label": ["cat", "dog"], "key": batch.keys})
 files = features.files(step)
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class Features:
         self._given: list[Tensor] = []
         self._wanted = SAMPLES
         self._rows: list[Tensor] = []
+        self._names: tuple[str, ...] = ()
         self._about: list[tuple[str, ...]] = []
         self._images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
 
@@ -57,8 +58,9 @@ class Features:
         self.on, self._wanted = True, SAMPLES
         self._given, self._rows, self._about, self._images = [], [], [], []
 
-    def add(self, batch: Batch, labels: Sequence[str], losses: Tensor) -> None:
-        """What was noted belongs to these samples. Nothing is taken of a layer that is not called once for each."""
+    def add(self, batch: Batch, columns: Mapping[str, Sequence[str]]) -> None:
+        """What was noted belongs to these samples, of which ``columns`` tell. Nothing is taken of a layer that is not
+        called once for each."""
         given, self._given = self._given, []
         if not self.on or sum(map(len, given)) != len(batch):
             self.on = False
@@ -66,15 +68,18 @@ class Features:
         rows = torch.cat(given)
         self._wanted = min(self._wanted, _NUMBERS // max(1, rows.shape[1]))
         taken = (batch.position >= 0).nonzero()[:, 0].tolist()[: self._wanted - len(self._about)]
-        host = losses.tolist()
+        self._names = tuple(columns)
         self._rows.append(rows[taken].float().cpu())
-        self._about += [(labels[place], batch.keys[place], f"{host[place]:.4g}") for place in taken]
+        self._about += [tuple(column[place] for column in columns.values()) for place in taken]
+        self._add_images(batch, taken)
+        self.on = len(self._about) < self._wanted
+
+    def _add_images(self, batch: Batch, taken: list[int]) -> None:
         for values in batch.fields.values():
-            pixels = as_pixels(values[taken].cpu()) if len(taken) else None
+            pixels = as_pixels(values[taken].cpu()) if taken else None
             if pixels is not None:
                 self._images.append(pixels)
-                break
-        self.on = len(self._about) < self._wanted
+                return
 
     def files(self, step: int) -> dict[str, bytes]:
         """What the projector reads, by path; nothing where there are no features."""
@@ -84,7 +89,10 @@ class Features:
         shown = config.embeddings.add()
         shown.tensor_name = f"features at step {step}"
         shown.tensor_path, shown.metadata_path = f"{_FOLDER}/features.tsv", f"{_FOLDER}/samples.tsv"
-        files = {shown.tensor_path: _numbers(torch.cat(self._rows)), shown.metadata_path: _table(self._about)}
+        files = {
+            shown.tensor_path: _numbers(torch.cat(self._rows)),
+            shown.metadata_path: _table([self._names, *self._about]),
+        }
         if sum(map(len, self._images)) == len(self._about):
             shown.sprite.image_path = f"{_FOLDER}/images.png"
             shown.sprite.single_image_dim.extend([_SIDE, _SIDE])
@@ -110,6 +118,5 @@ def _numbers(rows: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _table(about: Sequence[tuple[str, ...]]) -> bytes:
-    rows = [("label", "key", "loss"), *about]
+def _table(rows: Sequence[tuple[str, ...]]) -> bytes:
     return "".join("\t".join(each.replace("\t", " ") for each in row) + "\n" for row in rows).encode()

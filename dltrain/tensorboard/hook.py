@@ -30,7 +30,7 @@ from dltrain.tensorboard.curves import curve
 from dltrain.tensorboard.events import Events
 from dltrain.tensorboard.features import Features
 from dltrain.tensorboard.graph import graph_of, lacks_graph, replicated
-from dltrain.tensorboard.images import SHOWN, inputs, labels_of, picture, picture_of
+from dltrain.tensorboard.images import SHOWN, inputs, labels_of, picture, picture_of, predicted_of
 from dltrain.tensorboard.layout import layout_of, tag_of
 from dltrain.tensorboard.pace import Pace
 from dltrain.tensorboard.settings import session_end, session_start
@@ -117,7 +117,10 @@ class TensorBoard(Hook):
     @_quietly
     def evaluation_batch(self, trainer: View, batch: Batch, outputs: Any, losses: Tensor) -> None:
         if self._features.on:
-            self._features.add(batch, labels_of(batch, trainer.task.facts), losses)
+            facts = trainer.task.facts
+            columns = {"label": labels_of(batch, facts), "predicted": predicted_of(outputs, facts), "key": batch.keys}
+            columns["loss"] = [f"{value:.4g}" for value in losses.tolist()]
+            self._features.add(batch, {name: column for name, column in columns.items() if any(column)})
 
     @_quietly
     def evaluation_end(self, trainer: View, record: dict[str, Any]) -> None:

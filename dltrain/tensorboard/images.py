@@ -31,6 +31,9 @@ _CAPTION, _GAP = 20, 6
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728")
 """Of the channels of a series, the first few of them."""
 
+_FINER = 3
+"""Times larger that lines are drawn, so that they are smooth."""
+
 _SERIES = 8
 """Steps from which on numbers in a row are shown as a series."""
 
@@ -64,6 +67,14 @@ def labels_of(batch: Batch, facts: Mapping[str, Any]) -> list[str]:
         if values.dim() == 1 and not values.is_floating_point() and not values.is_complex():
             return [_named(number, facts.get("classes")) for number in values.tolist()]
     return [""] * len(batch)
+
+
+def predicted_of(outputs: Any, facts: Mapping[str, Any]) -> list[str]:
+    """Names of the classes with the largest of the outputs [n, classes]; none where that is not what they are."""
+    names = facts.get("classes")
+    if isinstance(names, list) and isinstance(outputs, Tensor) and outputs.shape[1:] == (len(names),):
+        return [_named(number, names) for number in outputs.argmax(1).tolist()]
+    return []
 
 
 def captions_of(batch: Batch, facts: Mapping[str, Any]) -> list[str]:
@@ -140,15 +151,16 @@ def _as_series(values: Tensor) -> Tensor | None:
 
 def _drawn(series: Tensor) -> Image.Image:
     """Lines of [channels, steps], each channel from its least to its largest value."""
-    size = (3 * _SIDE, _SIDE)
+    size = (3 * _SIDE * _FINER, _SIDE * _FINER)
     whole = Image.new("RGB", size, "#f6f6f6")
     pen = ImageDraw.Draw(whole)
     for colour, values in zip(_COLOURS, series, strict=False):
         finite = values.nan_to_num()
         share = (finite - finite.min()) / (finite.max() - finite.min()).clamp(min=1e-12)
-        across = torch.linspace(2, size[0] - 3, len(share)).tolist()
-        pen.line(list(zip(across, (size[1] - 4 - share * (size[1] - 8)).tolist(), strict=True)), colour, 2)
-    return whole
+        across = torch.linspace(_FINER, size[0] - _FINER, len(share)).tolist()
+        down = (size[1] * (0.95 - 0.9 * share)).tolist()
+        pen.line(list(zip(across, down, strict=True)), colour, _FINER + 1, "curve")
+    return whole.reduce(_FINER)
 
 
 def _fitting(text: str, width: int, font: Any) -> str:

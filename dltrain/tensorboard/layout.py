@@ -28,10 +28,10 @@ _NAIVE = "naive_"
 """Begins the name of a score of the naive forecast."""
 
 _TENSORS = {
-    "gradients": ("Gradients: mean absolute value", "gradients_abs_mean/.*"),
-    "updates": ("Updates beside weights", "update_ratio/.*"),
-    "weights": ("Weights: norm", "weights_l2/.*"),
-    "activations": ("Activations: deviation", "activations_std/.*"),
+    "gradients": ("Gradients: mean absolute value", "tensors_gradients_abs_mean/.*"),
+    "updates": ("Updates beside weights", "tensors_update_ratio/.*"),
+    "weights": ("Weights: norm", "tensors_weights_l2/.*"),
+    "activations": ("Activations: deviation", "tensors_activations_std/.*"),
 }
 
 Charts = dict[str, list[object]]

@@ -5,11 +5,13 @@ begin = session_start(config, ["evaluation/accuracy", "loss/evaluation"])
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import api_pb2, summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 from dltrain.config import Config
 
@@ -35,12 +37,20 @@ def session_start(config: Config, metrics: Sequence[str]) -> list[Summary]:
         for name, value in columns.items()
     ]
     shown = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in metrics]
-    return [summary.experiment_pb(infos, shown), summary.session_start_pb(columns)]
+    start = SessionStartInfo(start_time_secs=time.time())
+    for name, value in columns.items():
+        setattr(start.hparams[name], "string_value" if isinstance(value, str) else "number_value", value)
+    experiment = HParamsPluginData(experiment=api_pb2.Experiment(hparam_infos=infos, metric_infos=shown))
+    return [
+        _summary(metadata.EXPERIMENT_TAG, experiment),
+        _summary(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start)),
+    ]
 
 
 def session_end() -> Summary:
     """What is written when a run has ended well."""
-    return summary.session_end_pb(api_pb2.STATUS_SUCCESS)
+    end = SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
+    return _summary(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str]:
@@ -54,3 +64,9 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float |
         else:
             flat[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
     return flat
+
+
+def _summary(tag: str, data: HParamsPluginData) -> Summary:
+    """What the tab reads stands beside a tensor without meaning."""
+    about = metadata.create_summary_metadata(data)
+    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])

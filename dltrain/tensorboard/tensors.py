@@ -31,27 +31,27 @@ _LEAST, _LARGEST = COLUMNS.index("least_negated"), COLUMNS.index("largest")
 
 
 def scalars(tensors: Tensors) -> Iterator[tuple[str, float]]:
-    """Tags and values: ``<kind>_<reduction>/<layer>``, ``update_ratio/<layer>`` (the norm of what a step adds to the
-    weights beside theirs), and ``nonfinite/<kind>``, the number of values that are not finite."""
+    """Tags and values: ``tensors_<kind>_<reduction>/<layer>``, ``tensors_update_ratio/<layer>`` (the norm of what a
+    step adds to the weights beside theirs), and ``tensors_nonfinite/<kind>``, how many values are not finite."""
     for kind in tensors.index.kinds:
         names, rows = _of(tensors, kind)
-        yield f"nonfinite/{kind}", float(rows[:, COLUMNS.index("nonfinite")].sum())
+        yield f"tensors_nonfinite/{kind}", float(rows[:, COLUMNS.index("nonfinite")].sum())
         if kind != "updates":
             reduction = _REDUCTIONS.get(kind, "abs_mean")
             for layer, row in by_layer(names, rows).items():
-                yield f"{kind}_{reduction}/{layer}", float(reduce(reduction, row))
+                yield f"tensors_{kind}_{reduction}/{layer}", float(reduce(reduction, row))
     yield from _ratios(tensors)
 
 
 def histogram(name: str, counted: Counted) -> Summary:
-    """Of a tensor by its name, under ``<kind>/<tensor>``."""
+    """Of a tensor by its name, under ``tensors_<kind>/<tensor>``."""
     edges, counts, moments = counted
     least, largest = -float(moments[_LEAST]), float(moments[_LARGEST])
     if not np.isfinite([least, largest]).all():  # the bins hold the finite values alone
         filled = np.flatnonzero(counts)
         least, largest = (float(edges[filled[0]]), float(edges[filled[-1] + 1])) if len(filled) else (0.0, 0.0)
     number, total, squares = (float(each) for each in moments[:3])
-    tag = f"{kind_of(name)}/{_bare(name)}"
+    tag = f"tensors_{kind_of(name)}/{_bare(name)}"
     return histogram_raw(tag, least, largest, number, total, squares, edges[1:].tolist(), counts.tolist())  # type: ignore[no-untyped-call]
 
 
@@ -84,7 +84,7 @@ def _ratios(tensors: Tensors) -> Iterator[tuple[str, float]]:
     beside = by_layer(names, np.stack([weights[name] for name in names]))
     for layer, row in by_layer(names, updates[there]).items():
         if norm := float(reduce("l2", beside[layer])):
-            yield f"update_ratio/{layer}", float(reduce("l2", row)) / norm
+            yield f"tensors_update_ratio/{layer}", float(reduce("l2", row)) / norm
 
 
 def _added(rows: Array) -> Array:
