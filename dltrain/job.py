@@ -254,7 +254,7 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
         from dltrain.tensorboard.events import Events, place_of  # slow to import, and may be switched off
         from dltrain.tensorboard.hook import TensorBoard
 
-        hooks.append(TensorBoard(Events(*place_of(folder, run.path)), job.environment))
+        hooks.append(TensorBoard(Events(*place_of(folder, run.path)), job.config, job.environment))
     return hooks
 
 

@@ -20,6 +20,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.tensorboard.images import as_pixels, sprites
 
@@ -33,6 +34,12 @@ _SIDE = 32
 """Pixels of an image in the projector."""
 
 _FOLDER = "projector"
+
+
+def has_features(config: Config) -> bool:
+    """Whether the last layer is called with whole samples: not where ranks share layers, tokens or the chain of layers,
+    nor where the model is compiled, which calls hooks never or in pieces of its own."""
+    return config.parallel.tp * config.parallel.cp * config.parallel.pp == 1 and not config.precision.compile
 
 
 class Features:

@@ -29,14 +29,10 @@ _FEW = 2
 
 def lacks_graph(config: Config, mesh: Mesh, parameters: int) -> str:
     """Why a run has no graph, or nothing."""
-    if config.parallel.engine == "deepspeed" or config.parallel.meta or not replicated(mesh):
+    whole = not mesh.is_sharded and mesh.tp * mesh.cp * mesh.pp == 1
+    if not whole or config.parallel.engine == "deepspeed" or config.parallel.meta:
         return "the model is not whole on one rank"
     return f"the model has {parameters:,} parameters" if parameters > _LARGEST else ""
-
-
-def replicated(mesh: Mesh) -> bool:
-    """Whether each rank has the whole model."""
-    return not mesh.is_sharded and mesh.tp * mesh.cp * mesh.pp == 1
 
 
 def graph_of(task: Task, batch: Batch, precision: Precision) -> GraphDef:

@@ -1,6 +1,6 @@
 """The hook that fills TensorBoard's tabs while a run goes on; rank 0 alone has it.
 
-    hooks.append(TensorBoard(Events(run.tensorboard), environment))
+    hooks.append(TensorBoard(Events(run.tensorboard), config, environment))
 
 Whatever fails in watching is told once and ends the watching, never the run, unless ``debugger.strict`` is on. Pictures
 and the projector take time, so they are made again only as often as that is a small share of it, and at the end.
@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from torch.utils.tensorboard import summary
 
-from dltrain.config import to_yaml
+from dltrain.config import Config, to_yaml
 from dltrain.data.batch import Batch
 from dltrain.debugger.findings import Finding
 from dltrain.debugger.seen import Tensors
@@ -28,8 +28,8 @@ from dltrain.runtime.environment import Environment
 from dltrain.runtime.logs import warn
 from dltrain.tensorboard.curves import curve
 from dltrain.tensorboard.events import Events
-from dltrain.tensorboard.features import Features
-from dltrain.tensorboard.graph import graph_of, lacks_graph, replicated
+from dltrain.tensorboard.features import Features, has_features
+from dltrain.tensorboard.graph import graph_of, lacks_graph
 from dltrain.tensorboard.images import SHOWN, inputs, labels_of, picture, picture_of, predicted_of
 from dltrain.tensorboard.layout import layout_of, tag_of
 from dltrain.tensorboard.pace import Pace
@@ -56,12 +56,13 @@ def _quietly(method: Method) -> Method:
 class TensorBoard(Hook):
     """Writes ``events``; ``failed`` once something has kept it from that."""
 
-    def __init__(self, events: Events, environment: Environment) -> None:
+    def __init__(self, events: Events, config: Config, environment: Environment) -> None:
         self._events, self._environment = events, environment
-        self._features, self._projects = Features(), False
+        self._features = Features() if has_features(config) else None
+        self._strict = config.debugger.strict
         self._pace = Pace()
         self._first: Batch | None = None
-        self._begun = self.failed = self._strict = False
+        self._begun = self.failed = False
         self._drawn = -1
 
     def fail(self, error: Exception) -> None:
@@ -73,20 +74,15 @@ class TensorBoard(Hook):
         warn(self._environment, f"{told}; the run goes on without them")
 
     def model_built(self, model: nn.Module) -> None:
-        self._features.watch(model)
-
-    def fit_start(self, trainer: View) -> None:
-        self._strict = trainer.config.debugger.strict
-        self._begin(trainer)
+        if self._features is not None:
+            self._features.watch(model)
 
     @_quietly
-    def _begin(self, trainer: View) -> None:
+    def fit_start(self, trainer: View) -> None:
         config, step = trainer.config, trainer.step
-        # a compiled model would call the hook never, or in pieces of its own
-        self._projects = replicated(trainer.engine.mesh) and not config.precision.compile
         scores = [name for name in self._scores(trainer) if name != "samples"]
         self._events.open(step)
-        for each in session_start(config, [*(tag_of(f"evaluation/{name}") for name in scores), "loss/train"]):
+        for each in session_start(config, [tag_of(f"evaluation/{name}") for name in scores]):
             self._events.add(each, step)
         self._text("config", f"```yaml\n{to_yaml(config)}\n```", step)
         self._events.add(summary.custom_scalars(layout_of(config, scores)), step)  # type: ignore[no-untyped-call]
@@ -111,12 +107,12 @@ class TensorBoard(Hook):
                 self._scalar(tag_of(name), value, record["step"])
 
     def evaluation_start(self, trainer: View) -> None:
-        if self._projects and not self.failed:
+        if self._features is not None and not self.failed:
             self._features.begin()
 
     @_quietly
     def evaluation_batch(self, trainer: View, batch: Batch, outputs: Any, losses: Tensor) -> None:
-        if self._features.on:
+        if self._features is not None and self._features.on:
             facts = trainer.task.facts
             columns = {"label": labels_of(batch, facts), "predicted": predicted_of(outputs, facts), "key": batch.keys}
             columns["loss"] = [f"{value:.4g}" for value in losses.tolist()]
@@ -124,7 +120,8 @@ class TensorBoard(Hook):
 
     @_quietly
     def evaluation_end(self, trainer: View, record: dict[str, Any]) -> None:
-        self._features.on = False
+        if self._features is not None:
+            self._features.on = False
         for name, value in record.items():
             if name.startswith("evaluation/") and name != "evaluation/samples":
                 self._scalar(tag_of(name), value, trainer.step)
@@ -226,7 +223,8 @@ class TensorBoard(Hook):
             self._events.add(picture_of(f"evaluation/{file.stem}", file), step)
 
     def _project(self, trainer: View) -> None:
-        self._events.add_files(self._features.files(trainer.step))
+        if self._features is not None:
+            self._events.add_files(self._features.files(trainer.step))
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
         self._events.add(summary.scalar(tag, value), step)  # type: ignore[no-untyped-call]

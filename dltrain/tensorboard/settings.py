@@ -14,18 +14,27 @@ from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 from dltrain.config import Config
+from dltrain.metrics.classification import Classification
+from dltrain.metrics.forecasting import Forecasting
+from dltrain.tensorboard.layout import tag_of
 
 _SECTIONS = ("model", "optim", "schedule", "precision")
 _LAYOUT = ("engine", "dp_replicate", "dp_shard", "tp", "cp", "pp", "micro_batch")
 _OTHERS = ("run.length", "run.seed", "data.global_batch_size", "data.tail", *(f"parallel.{name}" for name in _LAYOUT))
 """What changes what is learnt, or how fast; of the rest one does not compare runs by."""
 
+_SCORES = (*Classification([""] * 6).compute(), *Forecasting(1, 1, 1).compute())
+_KNOWN = ("loss", *(f"evaluation/{name}" for name in _SCORES if name != "samples" and not name.startswith("naive_")))
+
 _FIRST = ("optim.learning_rate", "optim.weight_decay", "data.global_batch_size", "model.name", "run.length")
 """Columns that are seen before one asks for others."""
 
 
 def session_start(config: Config, metrics: Sequence[str]) -> list[Summary]:
-    """What is written when a run begins: its settings, and the tags whose last values are its scores."""
+    """What is written when a run begins: its settings, and the tags whose last values are its scores.
+
+    Of all runs in a folder TensorBoard asks one alone which scores there are: each names those of other recipes, too.
+    """
     flat = flattened(config.model_dump(mode="json"))
     columns = {name: value for name, value in flat.items() if name.partition(".")[0] in _SECTIONS or name in _OTHERS}
     infos = [
@@ -36,7 +45,8 @@ def session_start(config: Config, metrics: Sequence[str]) -> list[Summary]:
         )
         for name, value in columns.items()
     ]
-    shown = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in metrics]
+    tags = dict.fromkeys([*metrics, *map(tag_of, _KNOWN)])
+    shown = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in tags]
     start = SessionStartInfo(start_time_secs=time.time())
     for name, value in columns.items():
         setattr(start.hparams[name], "string_value" if isinstance(value, str) else "number_value", value)

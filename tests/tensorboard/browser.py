@@ -17,7 +17,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+Found = TypeVar("Found")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -93,20 +95,18 @@ class Browser:
         """All words on the page."""
         return str(self.run(_TEXT) or "")
 
-    def count(self, selector: str) -> int:
-        """Elements that a CSS selector finds, in web components, too."""
-        return int(self.run(f"{_FIND}({json.dumps(selector)}).length") or 0)
-
-    def click(self, selector: str, place: int = 0) -> None:
-        """One of the elements."""
-        self.run(f"{_FIND}({json.dumps(selector)})[{place}].click()")
+    def count(self, selector: str, width: int) -> int:
+        """Elements that a CSS selector finds in any one web component, and that are so many pixels wide."""
+        wide = f"(each) => each.getBoundingClientRect().width >= {width}"
+        return int(self.run(f"{_FIND}({json.dumps(selector)}).filter({wide}).length") or 0)
 
     def run(self, code: str) -> Any:
         """The value of JavaScript."""
         answer = self._tell("Runtime.evaluate", expression=code, returnByValue=True)
         return answer["result"].get("value")
 
-    def wait(self, what: Callable[[], Any], seconds: float = 30) -> Any:
+    @staticmethod
+    def until(what: Callable[[], Found], seconds: float = 30) -> Found:
         """The first value that is true; the last one when time is over."""
         end = time.monotonic() + seconds
         while not (value := what()) and time.monotonic() < end:

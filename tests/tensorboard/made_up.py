@@ -42,8 +42,9 @@ def trainer_of(config: Config, task: Task | None = None, step: int = 0) -> Any:
 
 def started(folder: Path, step: int = 0, copy_to: str = "", **debugger: Any) -> TensorBoard:
     """A hook that has begun to write at a step."""
-    hook = TensorBoard(Events(folder, copy_to), ALONE)
-    hook.fit_start(trainer_of(Config(data=Data(), debugger=Debugger(**debugger)), step=step))
+    config = Config(data=Data(), debugger=Debugger(**debugger))
+    hook = TensorBoard(Events(folder, copy_to), config, ALONE)
+    hook.fit_start(trainer_of(config, step=step))
     return hook
 
 

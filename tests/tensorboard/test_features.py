@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dltrain.config import Config, Parallel, Precision
 from dltrain.data.batch import Batch
-from dltrain.tensorboard.features import SAMPLES, Features
+from dltrain.tensorboard.features import SAMPLES, Features, has_features
 
 
 def batch_of(images: Tensor, padding: int = 0, first: int = 0) -> Batch:
@@ -54,6 +56,22 @@ def test_features_enter_the_last_linear_layer_and_padding_has_none() -> None:
     config = files["projector_config.pbtxt"].decode()
     assert 'tensor_name: "features at step 30"' in config
     assert "single_image_dim: 32" in config
+
+
+@pytest.mark.parametrize(
+    ("parallel", "precision", "some"),
+    [
+        ({"dp_shard": 2}, {}, True),
+        ({"tp": 2}, {}, False),
+        ({"cp": 2}, {}, False),
+        ({"pp": 2}, {}, False),
+        ({}, {"compile": True}, False),
+    ],
+)
+def test_layouts_that_call_the_last_layer_with_whole_samples(
+    parallel: dict[str, int], precision: dict[str, bool], some: bool
+) -> None:
+    assert has_features(Config(parallel=Parallel(**parallel), precision=Precision(**precision))) == some
 
 
 def test_training_is_not_noted() -> None:

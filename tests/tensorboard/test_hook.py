@@ -61,7 +61,7 @@ def config_of(**sections: Any) -> Config:
 
 def trained(folder: Path, task: Task, model: nn.Module, config: Config) -> TensorBoard:
     """What a run of two steps and an evaluation tells the hook."""
-    hook, trainer = TensorBoard(Events(folder), ALONE), trainer_of(config, task)
+    hook, trainer = TensorBoard(Events(folder), config, ALONE), trainer_of(config, task)
     hook.model_built(model)
     hook.fit_start(trainer)
     batch = pets()
@@ -145,7 +145,7 @@ def test_a_model_that_cannot_be_traced_is_told_once_and_no_more_is_lost(
 def test_a_model_in_shards_has_no_graph_and_says_so_in_the_text_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], task: Pets
 ) -> None:
-    hook, trainer = TensorBoard(Events(tmp_path), ALONE), trainer_of(config_of(), task)
+    hook, trainer = TensorBoard(Events(tmp_path), config_of(), ALONE), trainer_of(config_of(), task)
     trainer.engine.mesh.is_sharded = True
     hook.fit_start(trainer)
     hook.step_start(trainer, pets())
@@ -159,7 +159,7 @@ def test_a_model_in_shards_has_no_graph_and_says_so_in_the_text_alone(
 
 
 def test_the_graph_draws_no_random_numbers(tmp_path: Path, task: Pets) -> None:
-    hook, trainer = TensorBoard(Events(tmp_path), ALONE), trainer_of(config_of(), task)
+    hook, trainer = TensorBoard(Events(tmp_path), config_of(), ALONE), trainer_of(config_of(), task)
     hook.fit_start(trainer)
     torch.manual_seed(5)
     hook.step_start(trainer, pets())

@@ -48,7 +48,7 @@ def test_charts_of_tensors_find_the_tags_that_are_written() -> None:
 
 def test_columns_are_settings_that_one_compares_runs_by() -> None:
     config = Config(optim=Optim(learning_rate=0.25, betas=(0.9, 0.95), nesterov=True))
-    experiment, start = session_start(config, ["evaluation/accuracy", "loss/train"])
+    experiment, start = session_start(config, ["evaluation/mine"])
     content = metadata.parse_session_start_info_plugin_data(start.value[0].metadata.plugin_data.content)
     assert content.hparams["optim.learning_rate"].number_value == 0.25
     assert content.hparams["optim.betas"].string_value == "0.9, 0.95"
@@ -57,7 +57,9 @@ def test_columns_are_settings_that_one_compares_runs_by() -> None:
     assert "storage.endpoint_url" not in content.hparams
     assert "run.folder" not in content.hparams
     told = metadata.parse_experiment_plugin_data(experiment.value[0].metadata.plugin_data.content)
-    assert [each.name.tag for each in told.metric_infos] == ["evaluation/accuracy", "loss/train"]
+    tags = [each.name.tag for each in told.metric_infos]
+    assert tags[0] == "evaluation/mine"
+    assert {"loss/train", "loss/evaluation", "evaluation/accuracy", "evaluation/mase"} <= set(tags), "of other recipes"
     assert {each.name for each in told.hparam_infos} == set(content.hparams)
     assert session_end().value[0].tag == metadata.SESSION_END_INFO_TAG
 
