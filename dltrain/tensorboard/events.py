@@ -4,6 +4,7 @@ events = Events(Path("runs/mine/tensorboard"), copy_to="s3://bucket/tensorboard/
 events.open(step=0)
 events.add(summary.scalar("loss/train", 0.5), step=1)
 events.close()
+events.copy(wait=True)
 """
 
 from __future__ import annotations
@@ -81,19 +82,17 @@ class Events:
             self._file.flush()
             self._shown = time.monotonic()
 
-    def copy(self) -> None:
-        """Begin to copy what is new. Raises what the copy before ran into."""
-        self.show()
-        if self._copy is not None:
-            self._copy.begin()
-
     def close(self) -> None:
-        """Write and copy what is left."""
+        """Write what is left."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+    def copy(self, wait: bool = False) -> None:
+        """Begin to copy what can be seen; or, when no more will come, copy it and ``wait``. Raises what the copy, or the
+        one before, ran into."""
         if self._copy is not None:
-            self._copy.end()
+            (self._copy.end if wait else self._copy.begin)()
 
     def _write(self, event: Event, step: int) -> None:
         if self._file is None:
@@ -123,13 +122,9 @@ class Copy:
         self._running = self._thread.submit(self._bring)
 
     def end(self) -> None:
-        """Wait for a copy that is whole. Raises what it ran into."""
-        try:
-            if self._running is not None:
-                self._running.result()
-            self._bring()
-        finally:
-            self._thread.shutdown()
+        """Bring everything, once what runs has ended. Raises what that ran into."""
+        self._thread.shutdown()
+        self._bring()
 
     def _bring(self) -> None:
         for path in sorted(self._folder.rglob("*")):

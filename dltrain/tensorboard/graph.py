@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import torch
 from tensorboard.compat.proto.graph_pb2 import GraphDef
@@ -38,6 +39,9 @@ def lacks_graph(config: Config, mesh: Mesh, parameters: int) -> str:
 def graph_of(task: Task, batch: Batch, precision: Precision) -> GraphDef:
     """The graph of a forward pass in evaluation. Raises what the model or torch's tracing raises."""
     few = next(batch.split(_FEW)).to(torch.device("cpu"))
+    few = replace(
+        few, fields={name: values.cpu() for name, values in few.fields.items()}
+    )  # a GPU may have decoded them
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of values that a trace takes for constants, and of tracing's own age
         inputs = inputs_of(task, few, precision)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -62,7 +63,7 @@ class TensorBoard(Hook):
         self._strict = config.debugger.strict
         self._pace = Pace()
         self._first: Batch | None = None
-        self._begun = self.failed = False
+        self._begun = self.failed = self._left_behind = False
         self._drawn = -1
 
     def fail(self, error: Exception) -> None:
@@ -132,11 +133,13 @@ class TensorBoard(Hook):
             with self._pace.timed():
                 self._draw(trainer)
                 self._project(trainer)
-        self._events.copy()
+        self._events.show()
+        self._copy()
 
     @_quietly
     def checkpoint_saved(self, trainer: View, path: Path) -> None:
-        self._events.copy()
+        self._events.show()
+        self._copy()
 
     @_quietly
     def stop_requested(self, trainer: View, reason: str) -> None:
@@ -177,11 +180,27 @@ class TensorBoard(Hook):
 
     def close(self) -> None:
         self._strict = False  # there is no run any more that could be ended
+        self._close()
+        if self.failed:
+            with suppress(OSError):  # which was told
+                self._events.close()
+        self._copy(last=True)
+
+    @_quietly
+    def _close(self) -> None:
+        self._events.close()
+
+    def _copy(self, last: bool = False) -> None:
+        """Of the events elsewhere. A store that does not answer now may do so the next time."""
         try:
-            self._events.close()
-        except Exception as error:  # noqa: BLE001 - who only watches ends no run
-            if not self.failed:
-                self.fail(error)
+            self._events.copy(wait=last)
+        except Exception as error:
+            if self._strict:
+                raise
+            if not self._left_behind:
+                told = f"cannot copy TensorBoard's events: {type(error).__name__}: {error}"
+                warn(self._environment, f"{told}; they are in {self._events.folder}")
+            self._left_behind = True
 
     @_quietly
     def _show_inputs(self, trainer: View, batch: Batch) -> None:

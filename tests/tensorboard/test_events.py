@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dltrain.config import Config, Storage
 from dltrain.config.tree import Logging
 from dltrain.tensorboard.events import Events, place_of
 from dltrain.testing.s3 import S3Server
+from tests.conftest import TINY, Cli
 from tests.tensorboard.made_up import read, started, trainer_of, values
 
 
@@ -54,6 +56,7 @@ def test_events_are_copied_to_s3_as_they_grow(tmp_path: Path, s3: S3Server) -> N
     events.add_files({"projector/features.tsv": b"1\t2\n"})
     events.copy()
     events.close()
+    events.copy(wait=True)
     assert storage.size(first) > before
     assert bytes(storage.read(f"{url}/projector/features.tsv")) == b"1\t2\n"
     for copied in storage.listing(url):
@@ -63,24 +66,47 @@ def test_events_are_copied_to_s3_as_they_grow(tmp_path: Path, s3: S3Server) -> N
     assert values(read(tmp_path / "there"), "a") == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_store_that_does_not_answer_is_told_once_and_holds_nobody_up(
+def test_a_store_that_does_not_answer_is_told_once_holds_nobody_up_and_gets_all_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    upload, answers = storage.upload, threading.Event()
+
     def refuse(file: Path, url: str) -> None:
-        time.sleep(0.2)
-        raise OSError(f"nobody at {url}")
+        if not answers.is_set():
+            time.sleep(0.2)
+            raise OSError(f"nobody at {url}")
+        upload(file, url)
 
     monkeypatch.setattr(storage, "upload", refuse)
-    hook, trainer = started(tmp_path, copy_to="s3://nowhere/mine"), trainer_of(Config())
-    began = time.monotonic()
-    hook.checkpoint_saved(trainer, tmp_path)
-    assert time.monotonic() - began < 0.1
-    hook.logged(trainer, {"step": 1, "loss": 2.0})
+    url = f"memory://{tmp_path}/mine"
+    hook, trainer = started(tmp_path, copy_to=url), trainer_of(Config())
+    for step in (1, 2, 3):
+        began = time.monotonic()
+        hook.checkpoint_saved(trainer, tmp_path)
+        assert time.monotonic() - began < 0.1
+        hook.logged(trainer, {"step": step, "loss": 2.0})
+        time.sleep(0.3)
+    answers.set()
     hook.close()
     told = capsys.readouterr().err
     assert told.count("warning:") == 1
-    assert "nobody at s3://nowhere/mine/events.out.tfevents" in told
-    assert values(read(tmp_path), "loss/train") == [(1, 2.0)]
+    assert f"nobody at {url}/events.out.tfevents" in told
+    assert values(read(tmp_path), "loss/train") == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    (copied,) = storage.listing(url)
+    (local,) = tmp_path.glob("events*")
+    assert storage.size(copied) == local.stat().st_size
+
+
+@pytest.mark.slow
+def test_a_run_is_copied_to_s3(cli: Cli, s3: S3Server, tmp_path: Path) -> None:
+    url = f"s3://data{tmp_path}/events"
+    job = ("train", TINY, "--preset", "small", "--logging.tensorboard", "true", "--run.name", "mine")
+    done = cli(*job, "--logging.tensorboard_folder", url, **s3.variables)
+    assert done.status == 0, done.err
+    names = [name.removeprefix(f"{url}/mine/") for name in storage.listing(url)]
+    assert {"projector_config.pbtxt", "projector/features.tsv"} <= set(names)
+    (events,) = (tmp_path / "runs/mine/tensorboard").glob("events*")
+    assert storage.size(f"{url}/mine/{events.name}") == events.stat().st_size
 
 
 def test_storage_settings_reach_the_copy(tmp_path: Path) -> None:
@@ -89,4 +115,5 @@ def test_storage_settings_reach_the_copy(tmp_path: Path) -> None:
     events = Events(tmp_path, f"memory://{tmp_path}/mine")
     events.open(0)
     events.close()
+    events.copy(wait=True)
     assert len(storage.listing(f"memory://{tmp_path}/mine")) == 1
