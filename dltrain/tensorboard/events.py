@@ -89,8 +89,8 @@ class Events:
             file.close()
 
     def copy(self, wait: bool = False) -> None:
-        """Begin to copy what can be seen; or, when no more will come, copy it and ``wait``. Raises what the copy, or the
-        one before, ran into."""
+        """Begin to copy what can be seen; or, when no more will come, copy it and ``wait``. Raises what that, or the
+        copy before, ran into."""
         if self._copy is not None:
             (self._copy.end if wait else self._copy.begin)()
 

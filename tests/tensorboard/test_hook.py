@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dltrain.metrics.classification import Classification
 from dltrain.task import Task
 from dltrain.tensorboard.events import Events
 from dltrain.tensorboard.hook import TensorBoard
+from tests.conftest import TINY, Cli
 from tests.tensorboard.made_up import ALONE, FINDING, counted, read, started, statistics, text, trainer_of, values
 
 NAMES = ["cat", "dog", "owl"]
@@ -269,3 +271,18 @@ def test_a_folder_that_is_a_file_is_told_once_or_ends_a_strict_run(
     hook.finding(FINDING)
     hook.close()
     assert capsys.readouterr().err.count("warning:") == 1
+
+
+@pytest.mark.slow
+def test_training_is_the_same_to_the_last_bit(cli: Cli, tmp_path: Path) -> None:
+    losses = {}
+    for shown in ("true", "false"):
+        words = ("--nproc", "2", "--logging.tensorboard", shown, "--run.name", shown, "--evaluation.report", "true")
+        done = cli("train", TINY, "--preset", "small", *words)
+        assert done.status == 0, done.err
+        assert "warning" not in done.err
+        lines = map(json.loads, (tmp_path / "runs" / shown / "metrics.jsonl").read_text().splitlines())
+        losses[shown] = [(line["step"], line.get("loss", line.get("evaluation/loss"))) for line in lines]
+    assert losses["true"] == losses["false"]
+    assert (tmp_path / "runs/true/tensorboard/projector/features.tsv").exists()
+    assert not (tmp_path / "runs/false/tensorboard").exists()
