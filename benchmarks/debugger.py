@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from benchmarks.case import Case, random_batch, scaled
 from benchmarks.ours import OurLoop, config_of
 from benchmarks.result import Request, device_kind, spread, store
 from dltrain.config import Config, Debugger, Length, Run
-from dltrain.debugger.hook import Debug
+from dltrain.debugger.hook import AT_ONCE, Debug
 from dltrain.errors import UserError
+from dltrain.hooks.base import Hook, View
 from dltrain.models.vision import resnet
+from dltrain.readings import Reading
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.process_group import joined
 
@@ -33,26 +36,20 @@ BATCH, CLASSES = 64, 1000
 
 SIZES = {"images of 224 pixels": 224, "images of 64 pixels": 64}
 
-OFF_STEPS, INTERVAL = 2000, 50
+OFF_STEPS, ROUNDS, INTERVAL = 500, 8, 50
 EVENTS = ("step_start", "gradients_ready", "step_end", "step_read")
 
 NEVER = Debugger(steps=(1 << 40,))
 ALWAYS = Debugger(every=Length.parse("1st"))
 
 
-class Timed(Debug):
+class _Seconds:
     """Seconds inside the events of each step."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        super().__init__(config, Environment(), folder)
+    def __init__(self) -> None:
         self.seconds: list[float] = []
-        for name in EVENTS:
-            setattr(self, name, self._timed(getattr(self, name), begins=name == EVENTS[0]))
-        if self._activations is not None:  # which are noted in the forward pass
-            note = self._timed(self._activations._take, begins=False)
-            self._activations._take = note
 
-    def _timed(self, event: Callable[..., Any], begins: bool) -> Callable[..., Any]:
+    def counted(self, event: Callable[..., Any], begins: bool) -> Callable[..., Any]:
         def measured(*details: Any) -> Any:
             started = time.perf_counter()
             asked = event(*details)
@@ -63,6 +60,41 @@ class Timed(Debug):
 
         return measured
 
+    def watch(self, hook: Hook) -> None:
+        for name in EVENTS:
+            setattr(hook, name, self.counted(getattr(hook, name), begins=name == EVENTS[0]))
+
+
+class Timed(Debug):
+    """Counts the time of its events."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        super().__init__(config, Environment(), folder)
+        self.spent = _Seconds()
+        self.spent.watch(self)
+        activations = self._collector._activations  # which are noted in the forward pass
+        setattr(activations, "_take", self.spent.counted(activations._take, begins=False))  # noqa: B010 - a method
+
+
+class Idle(Hook):
+    """Does nothing at the same events: what counting itself takes."""
+
+    def __init__(self) -> None:
+        self.spent = _Seconds()
+        self.spent.watch(self)
+
+    def step_start(self, trainer: View, batch: Any) -> None:
+        return None
+
+    def gradients_ready(self, trainer: View) -> None:
+        return None
+
+    def step_end(self, trainer: View) -> None:
+        return None
+
+    def step_read(self, trainer: View, reading: Reading) -> None:
+        return None
+
 
 def run(request: Request) -> dict[str, Any]:
     """Measure and store; returns the line that sums it up."""
@@ -70,9 +102,9 @@ def run(request: Request) -> dict[str, Any]:
     with joined(Config(run=Run(device=request.device)), Environment()) as device:
         if device.type != "cpu":
             raise UserError("benchmark debugger adds up time on the host; on a GPU give --device cpu")
-        off = spread([each * 1e6 for each in _measured(_small(device), NEVER, OFF_STEPS)[0]])
-        print(f"off-steps: {off['median']:.1f} microseconds (half of them {off['lower_quartile']:.1f} to "
-              f"{off['upper_quartile']:.1f})", flush=True)  # fmt: skip
+        off, counting = _off_steps(_small(device))
+        print(f"off-steps: {off['median']:.1f} microseconds (of rounds {off['min']:.1f} to {off['max']:.1f}), beside "
+              f"{counting:.1f} of counting them", flush=True)  # fmt: skip
         due = {name: _due(name, _resnet(pixels, device), steps, off["median"]) for name, pixels in SIZES.items()}
         path = store(request, device, _settings(steps), {"figures": {"off_step_microseconds": off, **due}})
     first = due[next(iter(SIZES))]
@@ -84,6 +116,29 @@ def run(request: Request) -> dict[str, Any]:
         "interval_50_percent": first["interval_50_percent"],
         "result": path,
     }
+
+
+def _off_steps(case: Case) -> tuple[dict[str, float], float]:
+    """Microseconds of an off-step, of several rounds, and those that counting the time takes: a hook that does nothing
+    is counted beside, and taken off."""
+    rounds, counting = [], []
+    config = config_of(case).replace(debugger=NEVER)
+    with tempfile.TemporaryDirectory() as folder, closing(Timed(config, Path(folder))) as hook:
+        idle = Idle()
+        loop = OurLoop(case, [hook, idle])
+        for _ in range(ROUNDS):
+            hook.spent.seconds, idle.spent.seconds = [], []
+            loop.prepare(OFF_STEPS)()
+            nothing = _typical(idle.spent.seconds)
+            rounds.append(_typical(hook.spent.seconds) - nothing)
+            counting.append(nothing)
+    return spread(rounds), spread(counting)["median"]
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """Microseconds of a step: means of as many as the debugger looks at together, and the median of those."""
+    blocks = range(AT_ONCE, len(seconds) - AT_ONCE, AT_ONCE)
+    return 1e6 * spread([fmean(seconds[start : start + AT_ONCE]) for start in blocks])["median"]
 
 
 def _due(name: str, case: Case, steps: int, off: float) -> dict[str, Any]:
@@ -108,7 +163,7 @@ def _measured(case: Case, settings: Debugger, steps: int) -> tuple[list[float], 
             started = time.perf_counter()
             bare.prepare(max(1, steps // 3))()
             seconds.append((time.perf_counter() - started) / max(1, steps // 3))
-        return hook.seconds[3:], spread(seconds)["median"]
+        return hook.spent.seconds[3:], spread(seconds)["median"]
 
 
 def _small(device: torch.device) -> Case:

@@ -245,7 +245,7 @@ def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
     if job.config.debugger.on:
         from dltrain.debugger.hook import Debug
 
-        hooks.append(Debug(job.config, job.environment, run.debugger if job.environment.is_main else None))
+        hooks.append(Debug(job.config, job.environment, run.debugger, task.rules()))
     folder = job.config.logging.tensorboard_folder or tensorboard_folder()  # on every rank: all refuse a mistake
     if not job.environment.is_main:
         return hooks

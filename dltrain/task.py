@@ -22,6 +22,7 @@ from dltrain.errors import UserError
 if TYPE_CHECKING:
     from dltrain.config import Config
     from dltrain.data.windows import Window
+    from dltrain.debugger.rules.base import Rule
     from dltrain.hooks.base import Hook
     from dltrain.metrics.base import Metric
     from dltrain.parallel.plan import Plan
@@ -88,6 +89,10 @@ class Task:
 
     def hooks(self) -> list[Hook]:
         """Hooks of the recipe's own, made on every rank."""
+        return []
+
+    def rules(self) -> list[Rule]:
+        """Rules of the recipe's own, which watch the run where the debugger is on (``debugger.every``)."""
         return []
 
     def plan(self) -> Plan | None:

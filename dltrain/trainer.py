@@ -30,6 +30,7 @@ from dltrain.optim.schedule import build_schedule
 from dltrain.parallel.engine import Engine
 from dltrain.readings import Reading, Readings, refuse_vanished
 from dltrain.runtime.seeds import seed_all
+from dltrain.runtime.step_clock import CLOCK
 from dltrain.runtime.stop import StopFlag
 from dltrain.task import Task
 
@@ -63,8 +64,8 @@ class Trainer:
         self._stop = StopFlag() if stop is None else stop
         self._random_stream = random_stream
         self.step, self.scores, self.status = 0, {}, "new"
-        self.last_metric: Metric | None = None
         self.best: dict[str, Any] | None = None
+        self.last_metric: Metric | None = None
         self._evaluation_left = False
         self._timed = _timed_requests(config)
         self._passed: dict[Request, int] = {}
@@ -97,12 +98,15 @@ class Trainer:
         with closing(self._begin()) as batches:
             while not self._finished():
                 before = (self.step, self.position)
+                CLOCK.begin(self.step + 1)
                 started = time.perf_counter()
                 batch = next(batches)
+                CLOCK.mark("data_wait")
                 self._meter.add(time.perf_counter() - started, self.position - before[1])
                 self.train_step(batch)
                 self.trained_seconds += time.perf_counter() - started
                 self.trained_samples += self.position - before[1]
+                CLOCK.mark("hooks")
                 asked = self._read(self.step - LAG) | self._due(before)
                 if Request.STOP in asked:
                     return self._interrupt(asked)
@@ -120,12 +124,16 @@ class Trainer:
         previous, self._position = self._position, self.position
         self._tell("step_start", batch)
         self._request_from_here()
+        CLOCK.mark("hooks")
         count = self._readings.reduce(_count(self.task, batch), self._requests)
         self._requests = NOTHING
+        CLOCK.mark("communication")
         loss = self.engine.forward_backward(batch, count)
         self._tell("gradients_ready")
+        CLOCK.mark("hooks")
         learning_rate = self._schedule.at(self.step)
         norm = self.engine.step(learning_rate, self.config.optim.max_norm)
+        CLOCK.mark("optimizer")
         self.step += 1
         self._readings.push(self.step, (previous, self.position), learning_rate, loss.sum, norm, self.engine.loss_scale)
         self._tell("step_end")
@@ -137,12 +145,13 @@ class Trainer:
         self._drain()
         self._tell("evaluation_start")
         watch = partial(self._tell, "evaluation_batch") if self._listeners["evaluation_batch"] else None
-        self.last_metric = metric = evaluate(self.engine, self.task, self.evaluation, watch)
-        self.scores, self._evaluation_left = metric.compute(), False
+        metric = evaluate(self.engine, self.task, self.evaluation, watch)
+        self.scores, self.last_metric, self._evaluation_left = metric.compute(), metric, False
         record = {"step": self.step, "epoch": self.epoch, **{f"evaluation/{k}": v for k, v in self.scores.items()}}
         self._tell("evaluation_end", record)
         self._note_best()
         self._meter.restart()
+        CLOCK.mark("evaluation")
         return metric
 
     def save(self) -> None:
@@ -153,6 +162,7 @@ class Trainer:
         path = self.checkpointer.save(self.step, self.engine, self.state_dict())
         self._tell("checkpoint_saved", path)
         self._meter.restart()
+        CLOCK.mark("checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but tensors, as JSON, equal on every rank. Random state is a function of seed, step and rank."""

@@ -1,9 +1,9 @@
-"""Statistics of what modules return: installed before the model is compiled, at work on due steps alone.
+"""Statistics of what modules take in and return: installed before the model is compiled, at work when it is due.
 
-    watch = Activations()
+    watch = Activations(selection)
     watch.install(model)
-    watch.on = True  # for a step: forward passes are noted, those that activation checkpointing repeats are not
-    watch.taken()
+    watch.due, watch.mode = names, "train"  # forward passes are noted, those that checkpointing repeats are not
+    watch.taken(mesh)
 
 Of ReLUs it also counts how often each unit (a channel of images, a feature of tokens) is active, and of tanh and
 sigmoid how often it is not saturated, on the first samples of each micro-batch.
@@ -11,23 +11,29 @@ sigmoid how often it is not saturated, on the first samples of each micro-batch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
+from dltrain.debugger.histograms import counts_of
 from dltrain.debugger.moments import added, moments_of
+from dltrain.debugger.needs import Needs
+from dltrain.debugger.selection import NOTHING, Selection
+from dltrain.debugger.shares import Shares
 from dltrain.mesh import Mesh
 
 SAMPLES = 8
 """Of each micro-batch, on which units are counted."""
 
-LEAST = 0.01
-"""Of the elements: a unit that is active in fewer is dead."""
+LEAVES = 4
+"""Tensors that a module takes in or returns, of which each may be asked for by its number."""
 
 TANH = (-9.4999, 9.4999)
 SIGMOID = (-23.0, 16.99999)
@@ -53,76 +59,135 @@ _ACTIVE: dict[type[nn.Module], tuple[str, Callable[[Tensor, Tensor], Tensor]]] =
 _PLAIN = (nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Hardswish, nn.Softplus, nn.Mish)
 """Activations whose units are not counted."""
 
+_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+"""Layers of which the first is given what the model is made to see."""
 
-class Activations:
-    """Of a model's activation modules, by name: moments of what they return, and counts of their active units."""
 
-    def __init__(self) -> None:
-        self.on = False
-        self.modules: dict[str, str] = {}
-        """By name, how their active units are called; empty where they are not counted."""
-        self._rows: dict[str, Tensor] = {}
-        self._units: dict[str, Tensor] = {}
+@dataclass
+class _Site:
+    """What is noted of a module: names by which leaf of its inputs or outputs they are of."""
 
-    def install(self, model: nn.Module) -> None:
-        """Give activation modules hooks; before the model is compiled, or they would never be called."""
-        for name, module in model.named_modules():
-            if type(module) in _ACTIVE or isinstance(module, _PLAIN):
-                self.modules[name] = _ACTIVE[type(module)][0] if type(module) in _ACTIVE else ""
-                module.register_forward_hook(partial(self._note, name))
+    inputs: dict[int, str] = field(default_factory=dict)
+    outputs: dict[int, str] = field(default_factory=dict)
+    units: str = ""
+    channels: str = ""
+    tokens: dict[int, str] = field(default_factory=dict)
 
     def names(self) -> list[str]:
-        """Of the tensors whose moments there will be: ``<module>_output_0``, and ``active/<module>``, the share of a
-        batch in which each unit is active, or 0 below :data:`LEAST`."""
-        counted = [f"{kind}/{name}" for name, kind in self.modules.items() if kind]
-        return [*(f"{name}_output_0" for name in self.modules), *counted]
+        single = [name for name in (self.units, self.channels) if name]
+        return [*self.inputs.values(), *self.outputs.values(), *single, *self.tokens.values()]
+
+
+class Activations:
+    """Of a model's modules, by name: moments of what goes in and comes out, counts of units, and raw values."""
+
+    def __init__(self, selection: Selection | None = None) -> None:
+        self.due: frozenset[str] = NOTHING
+        self.mode: Literal["train", "eval"] = "train"
+        self.counted: frozenset[str] = NOTHING
+        self.raw: frozenset[str] = NOTHING
+        self._kinds = selection.kinds if selection is not None else ("activations",)
+        self._needs = selection.needs if selection is not None else Needs()
+        self._patterns = [re.compile(each) for each in (selection.patterns if selection is not None else ())]
+        self._sites: dict[str, _Site] = {}
+        self._rows: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._kept: dict[str, list[Tensor]] = {}
+        self.shares = Shares()
+
+    def install(self, model: nn.Module) -> None:
+        """Give modules hooks; before the model is compiled, or they would never be called."""
+        first = next((name for name, module in model.named_modules() if isinstance(module, _FIRST)), "")
+        for name, module in model.named_modules():
+            site = self._site(name, module, name == first)
+            if site.names():
+                self._sites[name] = site
+                module.register_forward_hook(partial(self._note, site))
+
+    def names(self) -> list[str]:
+        """Of the tensors whose moments there may be: ``<module>_output_0``, ``active/<module>`` (the share of a batch
+        in which each unit is active, or 0 below 1 %), and what patterns and rules ask for."""
+        return [name for site in self._sites.values() for name in site.names()]
 
     def taken(self, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-        """Names and moments [9] since last time: those of this rank's outputs, and, on one of the ranks that see other
+        """Names and moments [9] since last time: those of this rank's tensors, and, on one of the ranks that see other
         samples, those of shares of all their samples; collective."""
-        rows, units = self._rows, self._units
-        self._rows, self._units = {}, {}
-        yield from ((f"{name}_output_0", row) for name, row in rows.items())
-        if not units:
-            return
-        counts = torch.cat(list(units.values()), 1)
-        group = mesh.data_group()
-        if group is not None:
-            dist.all_reduce(counts, group=group)
-            if dist.get_rank(group):
-                return
-        shares = torch.where(counts[0] < LEAST * counts[1], 0.0, counts[0] / counts[1]).float()
-        parts = torch.split(shares, [each.shape[1] for each in units.values()])
-        for name, share in zip(units, parts, strict=True):
-            yield f"{self.modules[name]}/{name}", moments_of([share])[0]
+        rows, self._rows = self._rows, {}
+        yield from rows.items()
+        yield from ((name, moments_of([values])[0]) for name, values in self.shares.taken(mesh.data_group()))
 
-    def _note(self, name: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
-        if self.on and module.training:
-            self._take(name, module, given, returned)
+    def counts(self) -> dict[str, Tensor]:
+        """Values in bins since last time, float64 [BINS], by name."""
+        found, self._counts = self._counts, {}
+        return found
+
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors themselves since last time, samples of all micro-batches one after another."""
+        found, self._kept = self._kept, {}
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _site(self, name: str, module: nn.Module, first: bool) -> _Site:
+        site = _Site()
+        for kind, leaves in (("input", site.inputs), ("output", site.outputs)):
+            for leaf in range(LEAVES):
+                found = f"{name}_{kind}_{leaf}"
+                if any(pattern.search(found) for pattern in self._patterns):
+                    leaves[leaf] = found
+        if type(module) in _ACTIVE or isinstance(module, _PLAIN):
+            if "activations" in self._kinds:
+                site.outputs[0] = f"{name}_output_0"
+                site.units = f"{_ACTIVE[type(module)][0]}/{name}" if type(module) in _ACTIVE else ""
+            if self._needs.activation_inputs:
+                site.inputs[0] = f"{name}_input_0"
+        if first and self._needs.first_input:
+            site.channels = f"channels/{name}_input_0"
+        if isinstance(module, nn.Embedding):
+            site.tokens = {token: f"tokens/{token}/{name}_input_0" for token in self._needs.tokens}
+        return site
+
+    def _note(self, site: _Site, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+        if self.due and module.training == (self.mode == "train"):
+            self._take(site, module, given, returned)
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _take(self, name: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+    def _take(self, site: _Site, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass, which repeats what was noted
             return
-        value = _local(returned)
-        row = moments_of([value])[0]
-        before = self._rows.get(name)
+        for leaves, values in ((site.inputs, given), (site.outputs, returned)):
+            for leaf, name in leaves.items():
+                found = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+                if name in self.due and leaf < len(found):
+                    self._keep(name, found[leaf])
+        if site.units in self.due:
+            value = _local(tree_leaves(returned)[0])
+            if value.dim() > 1 and len(value):
+                active = _ACTIVE[type(module)][1](_local(given[0])[:SAMPLES], value[:SAMPLES])
+                self.shares.add(site.units, _counted(active))
+        if site.channels in self.due:
+            self.shares.add(site.channels, _counted(_local(given[0])))
+        for token, name in site.tokens.items():
+            if name in self.due:
+                self._keep(name, (_local(given[0]) == token).float())
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        local = _local(value)
+        row, before = moments_of([local])[0], self._rows.get(name)
         self._rows[name] = row if before is None else added(torch.stack([before, row]))
-        if self.modules[name] and value.dim() > 1 and len(value):
-            active = _ACTIVE[type(module)][1]
-            counts = _counted(active(_local(given[0])[:SAMPLES], value[:SAMPLES]))
-            self._units[name] = self._units[name] + counts if name in self._units else counts
+        if name in self.counted:
+            self._counts[name] = self._counts.get(name, 0) + counts_of(local)
+        if name in self.raw:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            self._kept.setdefault(name, []).append(whole.detach().clone())
 
 
-def _counted(active: Tensor) -> Tensor:
-    """Float64 [2, units] of bool [n, channels, height, width], or with features last."""
-    axis = 1 if active.dim() >= 4 else active.dim() - 1
-    others = [each for each in range(active.dim()) if each != axis]
-    found = active.sum(others, dtype=torch.float64)
-    return torch.stack([found, torch.full_like(found, active.numel() / active.shape[axis])])
+def _counted(values: Tensor) -> Tensor:
+    """Float64 [2, units]: sums and numbers of values [n, channels, height, width], or with features last."""
+    axis = 1 if values.dim() >= 4 else values.dim() - 1
+    others = [each for each in range(values.dim()) if each != axis]
+    found = values.sum(others, dtype=torch.float64)
+    return torch.stack([found, torch.full_like(found, values.numel() / values.shape[axis])])
 
 
-def _local(value: Any) -> Tensor:
-    first: Tensor = value[0] if isinstance(value, tuple) else value
-    return first.to_local() if isinstance(first, DTensor) else first
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -6,128 +6,206 @@ steps later. On other steps nothing happens but a comparison and what rules do w
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
-from functools import reduce
-from operator import or_
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
+import psutil
 from torch import nn
 
-from dltrain import storage
 from dltrain.config import Config
-from dltrain.debugger.activations import Activations
-from dltrain.debugger.policy import Policy, kinds_of
-from dltrain.debugger.rules.base import Watch
+from dltrain.data.batch import Batch
+from dltrain.debugger.actions import Actions
+from dltrain.debugger.capture import Captured
+from dltrain.debugger.collecting import Collector
+from dltrain.debugger.findings import Finding
+from dltrain.debugger.needs import all_of
+from dltrain.debugger.observing import Timelines, confusion_of, gathered_losses
+from dltrain.debugger.policy import Policy
+from dltrain.debugger.recorder import Guard, Recorder
+from dltrain.debugger.rules.base import Rule, Watch
 from dltrain.debugger.rules.catalogue import build
-from dltrain.debugger.sampler import Sampler, Table
-from dltrain.debugger.seen import Index, Seen, Tensors
-from dltrain.debugger.store import Store
-from dltrain.hooks.base import Hook, Request, View
+from dltrain.debugger.seen import NOT_OBSERVED, Seen, Tensors
+from dltrain.debugger.system import SystemWatch
+from dltrain.hooks.base import NOTHING, Hook, Request, View
 from dltrain.readings import Reading
-from dltrain.run_folder import read_lines
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.logs import warn
+from dltrain.runtime.step_clock import CLOCK
+
+AT_ONCE = 16
+"""Steps that rules look at together, where nothing but telling follows what they find, and no statistics are due."""
+
+
+class Audience(Protocol):
+    """Who else is told, such as TensorBoard; on rank 0."""
+
+    def finding(self, finding: Finding) -> None: ...
+
+    def statistics(self, step: int, tensors: Tensors) -> None: ...
 
 
 class Debug(Hook):
-    """On every rank; that of rank 0 has the ``folder`` to write into, and the rules."""
+    """On every rank; that of rank 0 writes into ``folder`` and judges, by the config's rules and ``own`` ones."""
 
-    def __init__(self, config: Config, environment: Environment, folder: Path | None) -> None:
-        settings, self._kinds = config.debugger, kinds_of(config)
-        self._policy = Policy.of(settings)
+    def __init__(
+        self,
+        config: Config,
+        environment: Environment,
+        folder: Path,
+        own: Iterable[Rule] = (),
+        audience: Iterable[Audience] = (),
+    ) -> None:
+        settings = config.debugger
         self._settings, self._environment, self._folder = settings, environment, folder
-        rules = build(settings.rules)  # on every rank, so that a mistake is refused by all
-        self._watch = Watch(rules if folder else [], lambda told: warn(environment, told))
-        self._activations = Activations() if "activations" in self._kinds else None
-        self._sampler: Sampler | None = None
-        self._due, self._sent = False, deque[tuple[int, Table]]()
-        self._store = Store(folder / "statistics") if folder else None
-        self._findings: IO[str] | None = None
+        self._told = partial(warn, environment)
+        rules = [*build(settings.rules), *own]  # on every rank, so that a mistake is refused by all
+        self._acts = {type(rule).__name__: (*settings.actions, *rule.actions) for rule in rules}
+        words = dict.fromkeys(word for some in (settings.actions, *self._acts.values()) for word in some)
+        self._actions = Actions(words, self._told)
+        self._watch, self.needs = Watch(rules, self._told), all_of(rule.needs() for rule in rules)
+        self._guard, self._audience = Guard(environment, settings.strict), list(audience)
+        self._collector = Collector(config, environment, folder, self.needs, self._guard)
+        self._captured = Captured(environment.is_main and "capture" in words, folder)
+        self._recorder: Recorder | None = None
+        self._system: SystemWatch | None = None
+        self._faults: deque[tuple[int, str]] = deque()
+        every, self._seconds = config.profiler.every, config.profiler.system or 1.0
+        self._timed = Policy(int(every.value)) if every else Policy.of(settings)
+        self._max_norm, self._started = config.optim.max_norm, False
+        self._busy, self._next = False, 0
+        self._unread: list[tuple[float, Reading]] = []
+        self._read_at: deque[int] = deque()
+        self._at_once = AT_ONCE if set(words) == {"log"} else 1
 
     def model_built(self, model: nn.Module) -> None:
-        if self._activations is not None:
-            self._activations.install(model)
+        self._collector.install(model)
 
     def fit_start(self, trainer: View) -> None:
-        kinds = [kind for kind in self._kinds if kind != "activations"]
-        others = self._activations.names() if self._activations is not None else ()
-        self._sampler = Sampler(trainer.engine, kinds, others)
-        self._index = Index(self._sampler.names)
-        if self._store is not None and self._folder is not None:
-            self._store.begin(trainer.step, self._sampler.names)
-            self._findings = _resumed(self._folder / "findings.jsonl", trainer.step)
+        engine = trainer.engine
+        choice = self._collector.begin(trainer)
+        engine.sample_losses.on = self.needs.losses
+        self._timelines = Timelines(self._environment, engine.device)
+        CLOCK.watch(self._timed.next, engine.device)
+        if self._environment.is_main:
+            self._recorder = Recorder(self._folder, self._guard, trainer.step, choice.names, bool(choice.counted))
+            self._system = SystemWatch(self._seconds, engine.device)
 
-    def step_start(self, trainer: View, batch: Any) -> None:
-        self._due = self._policy.due(trainer.step + 1)
-        if self._activations is not None:
-            self._activations.on = self._due
+    def step_start(self, trainer: View, batch: Batch) -> None:
+        self._busy = trainer.step + 1 >= self._next
+        if self._busy:
+            self._collector.step_start(trainer, batch)
+            self._captured.keep(trainer.step + 1, batch)
 
     def gradients_ready(self, trainer: View) -> None:
-        if self._due and self._sampler is not None:
-            self._sampler.take("gradients")
-            if "updates" in self._kinds:
-                self._sampler.remember()
+        if self._busy:
+            self._collector.gradients_ready(trainer)
 
     def step_end(self, trainer: View) -> None:
-        if self._due and self._sampler is not None:
-            for kind in self._kinds:
-                if kind not in ("gradients", "activations"):
-                    self._sampler.take(kind)
-            if self._activations is not None:
-                self._activations.on = False
-                for name, row in self._activations.taken(trainer.engine.mesh):
-                    self._sampler.put(name, row)
-            self._sent.append((trainer.step, self._sampler.send()))
+        if not self._busy:
+            return
+        step = trainer.step
+        self._timelines.step_end(step, CLOCK.on)
+        if self._collector.step_end(trainer):
+            self._read_at.append(step)
+            if self.needs.replicas:
+                self._faults.append((step, trainer.engine.fault()))
+        always = self._captured.wanted or self._timelines.waiting
+        self._next = 0 if always else min(self._collector.next, self._timed.next(step + 1))
 
     def step_read(self, trainer: View, reading: Reading) -> Request | None:
-        tensors = None
-        if self._sent and self._sent[0][0] == reading.step:
-            rows = self._sent.popleft()[1].rows()
-            tensors = Tensors(self._index, rows)
-            if self._store is not None:
-                self._store.statistics(reading.step, rows)
-        if self._store is None:
-            return None
-        now = time.time()
-        values = (reading.loss, reading.norm, reading.learning_rate, reading.loss_scale)
-        self._store.scalars(reading.step, (now, *values))
-        return self._judge(Seen(reading.step, now, *values, tensors))
+        # what rules do at every step is done for several at once: by itself it would find the processor's caches cold
+        self._unread.append((time.time(), reading))
+        due = reading.step == self._read_at[0] if self._read_at else False
+        return self._catch_up() if due or len(self._unread) >= self._at_once else None
+
+    def _catch_up(self) -> Request | None:
+        """Record and judge the steps whose values have come."""
+        asked = NOTHING
+        unread, self._unread = self._unread, []
+        for now, reading in unread:
+            step, tensors = reading.step, None
+            if self._read_at and self._read_at[0] == step:
+                self._read_at.popleft()
+                tensors = self._collector.read(step)
+            timeline = self._timelines.read(step)
+            if self._recorder is None:
+                continue
+            clip = min(1.0, self._max_norm / (reading.norm + 1e-6)) if self._max_norm else 1.0
+            values = (now, reading.loss, reading.norm, reading.learning_rate, reading.loss_scale, clip)
+            self._recorder.scalars(step, values)
+            plain = tensors is None and timeline is None and self._started
+            observed = NOT_OBSERVED if plain else self._observed(step, tensors, timeline)
+            asked |= self._judge(Seen(step, *values, tensors, observed=observed))
+        return asked or None
+
+    def evaluation_start(self, trainer: View) -> Request | None:
+        if self._settings.evaluation:
+            self._collector.evaluation_start()
+        return self._catch_up()
 
     def evaluation_end(self, trainer: View, record: dict[str, Any]) -> Request | None:
-        if self._store is None:
+        tensors = self._collector.evaluation_end(trainer) if self._settings.evaluation else None
+        losses = gathered_losses(trainer.engine, self._environment) if self.needs.losses else None
+        if self._recorder is None:
             return None
+        confusion = confusion_of(trainer.last_metric) if self.needs.confusion else None
+        observed = {"losses": losses, "confusion": confusion}
+        observed = {kind: value for kind, value in observed.items() if value is not None}
+        for kind, value in observed.items():
+            self._recorder.observed(trainer.step, kind, value, evaluation=True)
+        if tensors is not None:
+            self._recorder.evaluation(trainer.step, tensors)
         scores = {name.removeprefix("evaluation/"): value for name, value in record.items()}
-        return self._judge(Seen(trainer.step, time.time(), scores=scores))
+        return self._judge(Seen(trainer.step, time.time(), scores=scores, observed=observed)) or None
 
-    def checkpoint_saved(self, trainer: View, path: Path) -> None:
-        if self._store is not None:
-            self._store.flush()  # a run that is killed goes on from here
+    def checkpoint_saved(self, trainer: View, path: Path) -> Request | None:
+        asked = self._catch_up()
+        if self._recorder is not None:
+            self._recorder.flush()  # a run that is killed goes on from here
+        return asked
 
     def close(self) -> None:
-        if self._store is not None:
-            self._store.close()
-        if self._findings is not None:
-            self._findings.close()
+        CLOCK.rest()
+        if self._recorder is not None:
+            self._catch_up()
+        self._actions.close()
+        for part in (self._system, self._recorder):
+            if part is not None:
+                part.close()
 
-    def _judge(self, seen: Seen) -> Request | None:
-        found = list(self._watch.update(seen))
-        for each in found:
-            warn(self._environment, str(each))
-            if self._findings is not None:
-                self._findings.write(each.as_json() + "\n")
-        if not found:
-            return None
-        asked = {"save": Request.SAVE, "stop": Request.STOP}
-        wanted = [asked[action] for action in self._settings.actions if action in asked]
-        return reduce(or_, wanted) if wanted else None
+    def _observed(self, step: int, tensors: Tensors | None, timeline: dict[str, Any] | None) -> dict[str, Any]:
+        """What goes with a step that was due, or in which a timeline came; all of it is written."""
+        observed: dict[str, Any] = {} if timeline is None else {"timeline": timeline}
+        if not self._started:
+            self._started = True
+            observed["initialization"] = time.time() - psutil.Process().create_time()
+        if self._recorder is None:
+            raise AssertionError("only the rank that records is shown")
+        if tensors is not None:
+            self._recorder.statistics(step, tensors)
+            for each in self._audience:
+                each.statistics(step, tensors)
+            observed["system"] = self._system.taken() if self._system is not None else []
+            if self._faults and self._faults[0][0] == step:
+                observed["replicas"] = self._faults.popleft()[1]
+        for kind, value in observed.items():
+            self._recorder.observed(step, kind, value)
+        return observed
 
-
-def _resumed(path: Path, step: int) -> IO[str]:
-    """The findings of steps that will not be done again, and what follows."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    storage.write(str(path), "".join(json.dumps(line) + "\n" for line in kept).encode())
-    return path.open("a", buffering=1)
+    def _judge(self, seen: Seen) -> Request:
+        asked = NOTHING
+        for each in self._watch.update(seen):
+            self._told(str(each))
+            if self._recorder is not None:
+                self._recorder.finding(each)
+            for audience in self._audience:
+                audience.finding(each)
+            words = self._acts.get(each.rule, ())
+            asked |= self._actions.act(words, each)
+            if "capture" in words:
+                self._guard("captured batches", partial(self._captured.write, each.step))
+        return asked

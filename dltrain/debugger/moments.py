@@ -30,10 +30,10 @@ COLUMNS = (*SUMS, *LARGEST)
 NOTHING = (0.0,) * len(SUMS) + (-math.inf,) * len(LARGEST)
 """Of a tensor without elements: it changes nothing in a sum, nor in a largest value."""
 
-_CHUNK = 1 << 16
+CHUNK = 1 << 16
 """Elements that stay in a core's cache while they are looked at eight times."""
 
-_ONES = np.ones(_CHUNK, np.float32)
+_ONES = np.ones(CHUNK, np.float32)
 """A product with them is the quickest sum, in as many parts as a core has lanes."""
 
 _MEAN_DOMINATES = 0.1
@@ -65,9 +65,9 @@ def _flat(tensor: Tensor) -> Tensor:
 def _on_host(flat: Floats) -> tuple[float, ...]:
     """By numpy, on one core: torch would start its threads for each piece, and wait for those that others hold."""
     sums, largest = list(NOTHING[: len(SUMS)]), list(NOTHING[len(SUMS) :])
-    scratch = np.empty(min(_CHUNK, len(flat)), np.float32)
-    for start in range(0, len(flat), _CHUNK):
-        chunk = flat[start : start + _CHUNK]
+    scratch = np.empty(min(CHUNK, len(flat)), np.float32)
+    for start in range(0, len(flat), CHUNK):
+        chunk = flat[start : start + CHUNK]
         found, tops = _of_chunk(chunk, scratch[: len(chunk)])
         sums = [a + b for a, b in zip(sums, found, strict=True)]
         largest = [_larger(a, b) for a, b in zip(largest, tops, strict=True)]
@@ -76,17 +76,22 @@ def _on_host(flat: Floats) -> tuple[float, ...]:
 
 def _of_chunk(chunk: Floats, absolute: Floats) -> tuple[tuple[float, ...], tuple[float, ...]]:
     count, ones = len(chunk), _ONES[: len(chunk)]
-    np.abs(chunk, out=absolute)
-    bits = absolute.view(np.int32)  # which are in the order of the values, and quicker to look at
-    total, magnitude, squares = float(np.dot(chunk, ones)), float(np.dot(absolute, ones)), float(np.dot(chunk, chunk))
-    zeros, nonfinite = count - int(np.count_nonzero(bits)), 0
-    least_absolute = float(bits[bits.argmin() : bits.argmin() + 1].view(np.float32)[0])
+    largest, least = float(np.maximum.reduce(chunk)), float(np.minimum.reduce(chunk))
+    total, squares = float(np.dot(chunk, ones)), float(np.dot(chunk, chunk))
+    if least >= 0:  # what ReLUs return is its own absolute value
+        magnitude, least_absolute = total, least
+        zeros = int(np.count_nonzero(np.equal(chunk, 0))) if least == 0 else 0
+    else:
+        np.abs(chunk, out=absolute)
+        bits = absolute.view(np.int32)  # which are in the order of the values, and quicker to look at
+        magnitude, zeros = float(np.dot(absolute, ones)), count - int(np.count_nonzero(bits))
+        least_absolute = float(bits[bits.argmin() : bits.argmin() + 1].view(np.float32)[0])
+    nonfinite = 0
     if not math.isfinite(squares):
         nonfinite = count - int(np.isfinite(chunk).sum())
     elif total * total > _MEAN_DOMINATES * squares * count:
         total, magnitude, squares = _around_mean(chunk, total, absolute)
-    tops = (float(np.maximum.reduce(chunk)), -float(np.minimum.reduce(chunk)), -least_absolute)
-    return (count, total, squares, magnitude, zeros, nonfinite), tops
+    return (count, total, squares, magnitude, zeros, nonfinite), (largest, -least, -least_absolute)
 
 
 def _around_mean(chunk: Floats, total: float, scratch: Floats) -> tuple[float, float, float]:

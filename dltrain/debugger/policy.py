@@ -1,27 +1,12 @@
-"""On which steps statistics are taken, and of which tensors."""
+"""On which steps something is done."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dltrain.config import Config, Debugger
-from dltrain.errors import UserError, nearest
-
-_OF_THE_MODEL = ("weights", "gradients", "updates", "activations")
-_OF_OPTIMIZERS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-
-
-def kinds_of(config: Config) -> tuple[str, ...]:
-    """The kinds of tensors to look at. Raises :class:`UserError` for one that is not there."""
-    known = (*_OF_THE_MODEL, *_OF_OPTIMIZERS[config.optim.name])
-    for kind in config.debugger.collect:
-        if kind not in known:
-            raise UserError(f"debugger.collect names {kind!r}, which there is not; {nearest(kind, known)}")
-        if kind == "updates" and config.parallel.engine == "deepspeed" and config.parallel.deepspeed.stage:
-            raise UserError(
-                "debugger.collect names updates, and DeepSpeed's ZeRO has no weights before a step; leave it out"
-            )
-    return config.debugger.collect
+from dltrain.config import Collection, Debugger
+from dltrain.runtime.step_clock import NEVER
 
 
 @dataclass(frozen=True)
@@ -34,14 +19,28 @@ class Policy:
     steps: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, settings: Debugger) -> Policy:
-        """As the config says."""
-        return cls(int(settings.every.value), settings.start, settings.end, frozenset(settings.steps))
+    def of(cls, settings: Debugger, collection: Collection | None = None) -> Policy:
+        """As the config says; what a collection leaves out is the debugger's."""
+        own = collection or Collection()
+        every, steps = own.every or settings.every, own.steps or (() if own.every else settings.steps)
+        return cls(int(every.value), own.start or settings.start, own.end or settings.end, frozenset(steps))
 
     def due(self, step: int) -> bool:
-        """Whether they are on this step, counted from 1."""
+        """Whether it is on this step, counted from 1."""
+        return self.next(step) == step
+
+    def next(self, step: int) -> int:
+        """The first step from this one on that it is on; :data:`NEVER` where there is none."""
         if self.steps:
-            return step in self.steps
-        if step < self.start or (self.end and step >= self.end):
-            return False
-        return step % self.every == 0 or step == max(1, self.start)
+            return min((each for each in self.steps if each >= step), default=NEVER)
+        first = max(1, self.start)
+        if step <= first:
+            found = first
+        else:
+            found = -(-step // self.every) * self.every if self.every else NEVER
+        return NEVER if not self.every or (self.end and found >= self.end) else found
+
+
+def first_due(policies: Iterable[Policy], step: int) -> int:
+    """The first step from this one on that any of them is on."""
+    return min((policy.next(step) for policy in policies), default=NEVER)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,15 +34,17 @@ class Index:
 
 
 _KINDS = {"gradient": "gradients", "update": "updates"}
+_OF_A_MODULE = re.compile(r"_(in|out)put_\d+$")
 
 
 def kind_of(name: str) -> str:
-    """Of a tensor by its name: what stands before the slash, "weights" where there is none, and "activations" of what
-    modules return."""
-    if name.endswith("_output_0"):
-        return "activations"
+    """Of a tensor by its name: what stands before the slash, "weights" where there is none, and of what modules return
+    and take in "activations" and "inputs"."""
     before, slash, _ = name.partition("/")
-    return _KINDS.get(before, before) if slash else "weights"
+    if slash:
+        return _KINDS.get(before, before)
+    match = _OF_A_MODULE.search(name)
+    return "weights" if match is None else "activations" if match[1] == "out" else "inputs"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Tensors:
 
     index: Index
     rows: Array
+    counts: Mapping[str, Array] = field(default_factory=dict)
+    """Of tensors with histograms, float64 [BINS] by name."""
 
     def reduced(self, kind: str, reduction: str) -> tuple[list[str], Array]:
         """Names of the tensors of a kind, and one number of each; tensors without elements are left out."""
@@ -60,11 +65,14 @@ class Tensors:
 
 
 NO_SCORES: Mapping[str, float] = {}
+NOT_OBSERVED: Mapping[str, Any] = {}
 
 
 class Seen(NamedTuple):
-    """One step: ``norm`` is the global gradient norm before clipping, ``loss_scale`` 0 but in fp16, ``time`` seconds;
-    ``tensors`` only where statistics were due, ``scores`` only of an evaluation after the step."""
+    """One step: ``norm`` is the global gradient norm before clipping, ``loss_scale`` 0 but in fp16, ``clip``
+    what clipping multiplies gradients by, ``time`` seconds;
+    ``tensors`` only where statistics were due, ``scores`` only of an evaluation after the step. ``observed`` is by kind
+    what rules asked for or a profiler saw (:mod:`dltrain.debugger.observing`)."""
 
     step: int
     time: float = 0.0
@@ -72,8 +80,10 @@ class Seen(NamedTuple):
     norm: float = 0.0
     learning_rate: float = 0.0
     loss_scale: float = 0.0
+    clip: float = 1.0
     tensors: Tensors | None = None
     scores: Mapping[str, float] = NO_SCORES
+    observed: Mapping[str, Any] = NOT_OBSERVED
 
 
 def shown(names: Iterable[str], most: int = 3) -> str:

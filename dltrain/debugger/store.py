@@ -6,7 +6,7 @@ array, and a row that a crash cut off is seen by its size. Other tensors, after 
 
     with Store(folder) as store:
         store.begin(step=0, names=["head.weight"])
-            store.scalars(step=1, values=(time.time(), 2.3, 0.5, 0.1, 0.0))
+            store.scalars(step=1, values=(time.time(), 2.3, 0.5, 0.1, 0.0, 1.0))
         store.statistics(step=1, rows=rows)  # float64 [tensors, 9]
 """
 
@@ -27,8 +27,9 @@ from dltrain.debugger.moments import COLUMNS
 from dltrain.debugger.reductions import Array
 from dltrain.errors import UserError
 
-SCALARS = ("time", "loss", "norm", "learning_rate", "loss_scale")
-"""Of every step: seconds since 1970, the loss, the global gradient norm before clipping, and 0 or the scale of fp16."""
+SCALARS = ("time", "loss", "norm", "learning_rate", "loss_scale", "clip")
+"""Of every step: seconds since 1970, the loss, the global gradient norm before clipping, 0 or the scale of fp16, and
+what clipping multiplied gradients by."""
 
 _ALIGNED = 512
 """Bytes that the first line is a multiple of."""
@@ -53,6 +54,7 @@ class Store:
         self._folder = folder
         self._segment: IO[bytes] | None = None
         self._steps: IO[bytes] | None = None
+        self._pending = bytearray()
 
     def begin(self, step: int, names: Sequence[str]) -> None:
         """Go on after ``step``: what was written of later steps, which will be done again, is dropped."""
@@ -69,24 +71,26 @@ class Store:
         if last is None:
             self._segment.truncate(0)
             self._segment.write(header)
-        self._steps = (self._folder / _STEPS).open("ab")
+        self._steps = (self._folder / _STEPS).open("ab", buffering=0)
 
     def scalars(self, step: int, values: Sequence[float]) -> None:
-        """The :data:`SCALARS` of any step, due or not; buffered."""
-        if self._steps is not None:
-            self._steps.write(_ROW.pack(step, *values))
+        """The :data:`SCALARS` of any step, due or not; in memory until :meth:`flush`."""
+        self._pending += _ROW.pack(step, *values)
 
     def statistics(self, step: int, rows: Array) -> None:
-        """Of a due step: one write."""
+        """Of a due step: one write, and one of the scalars so far."""
         if self._segment is not None:
             self._segment.write(np.concatenate([[float(step)], rows.reshape(-1)]).tobytes())
+        self.flush()
 
     def flush(self) -> None:
         """Scalars so far are in the file."""
         if self._steps is not None:
-            self._steps.flush()
+            self._steps.write(self._pending)
+            self._pending.clear()
 
     def close(self) -> None:
+        self.flush()
         for file in (self._segment, self._steps):
             if file is not None:
                 file.close()

@@ -25,6 +25,8 @@ from dltrain.parallel.engine import Engine
 from dltrain.task import Task
 
 if TYPE_CHECKING:
+    from dltrain.data.loader import Loader
+    from dltrain.metrics.base import Metric
     from dltrain.readings import Reading
 
 EVENTS = (
@@ -66,16 +68,20 @@ class View(Protocol):
     config: Config
     task: Task
     engine: Engine
+    loader: Loader
     step: int
     total_steps: int
-    last_metric: Metric | None
-    """Of the last evaluation, its sums reduced over all ranks."""
 
     @property
     def position(self) -> int: ...
 
     @property
     def epoch(self) -> float: ...
+
+    @property
+    def last_metric(self) -> Metric | None:
+        """Of the last evaluation, over all ranks."""
+        ...
 
 
 class Hook:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dltrain.data.batch import Batch
 from dltrain.mesh import Mesh
 from dltrain.parallel.pieces import Piece
+from dltrain.parallel.sample_losses import SampleLosses
 from dltrain.task import Loss
 
 
@@ -30,6 +31,9 @@ class Engine(Protocol):
 
     counts: bool
     """Whether this rank stands for those that see the same samples, in sums over all ranks: it has their losses."""
+
+    sample_losses: SampleLosses
+    """Losses of single samples, where somebody switches them on."""
 
     @property
     def loss_scale(self) -> Tensor | None:

@@ -21,11 +21,13 @@ AXES = ("dp_replicate", "dp_shard", "tp")
 
 @dataclass(frozen=True)
 class Piece:
-    """A rank's part of a tensor of the model; ``counts``: it is this rank's to speak of."""
+    """A rank's part of a tensor of the model, and that tensor, maybe a DTensor; ``counts``: it is this rank's to speak
+    of."""
 
     name: str
     local: Tensor
     counts: bool
+    tensor: Tensor
 
 
 def local_of(tensor: Tensor) -> Tensor:

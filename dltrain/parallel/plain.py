@@ -24,6 +24,7 @@ from dltrain.parallel.probe import probe
 from dltrain.parallel.settling import patiently, without_trace
 from dltrain.parallel.update import Updating, trained
 from dltrain.runtime.logs import say
+from dltrain.runtime.step_clock import CLOCK
 from dltrain.task import Loss, Task
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -60,8 +61,14 @@ class PlainEngine(Updating):
         for place, piece in enumerate(pieces):
             piece = piece.to(self.device)
             with self._synchronised(place == len(pieces) - 1):
-                loss = torch.dot(self._losses(piece, self._wrapped)[1], piece.weight)
+                losses = self._losses(piece, self._wrapped)[1]
+                self.sample_losses.add(piece, losses)
+                loss = torch.dot(losses, piece.weight)
+                CLOCK.mark("forward")
+                if CLOCK.on:
+                    loss.register_hook(_mark_when_computed)  # type: ignore[no-untyped-call]
                 self._backward(loss, seed)
+                CLOCK.mark("communication")
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             raise AssertionError("a batch has at least one sample")
@@ -155,3 +162,9 @@ class PlainEngine(Updating):
         if isinstance(self._wrapped, FSDPModule):
             self._wrapped.set_requires_gradient_sync(last)
         return _NOTHING
+
+
+def _mark_when_computed(gradient: Tensor) -> None:
+    """A backward pass ends with callbacks in the order in which they came: the first is ours, and then DDP and FSDP2
+    wait for what is still on its way to other ranks."""
+    torch.autograd.Variable._execution_engine.queue_callback(lambda: CLOCK.mark("backward"))

@@ -23,6 +23,7 @@ from dltrain.parallel.data import BufferSync
 from dltrain.parallel.forward import LEAST_COUNT
 from dltrain.parallel.gradients import Norm, add_up, clip, gradients_of, whole
 from dltrain.parallel.pieces import Piece, counted, local_of
+from dltrain.parallel.sample_losses import SampleLosses
 from dltrain.parallel.scaling import LossScale
 
 
@@ -42,6 +43,7 @@ class Updating:
         names: Sequence[str],
     ) -> None:
         self.model, self.optimizer, self.mesh, self.device = model, optimizer, mesh, device
+        self.sample_losses = SampleLosses()
         self._agreement, self._data_ranks = Agreement(model, optimizer, mesh), mesh.data_ranks
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._holds_any = bool(model.state_dict())
@@ -85,7 +87,7 @@ class Updating:
         for name, parameter in self.model.named_parameters():
             tensor = self._tensor_of(kind, parameter)
             if tensor is not None and tensor.dim() >= parameter.dim():  # the optimizer also has counts of steps
-                yield Piece(name, local_of(tensor), self._counted[name])
+                yield Piece(name, local_of(tensor), self._counted[name], tensor)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,3 +34,11 @@ class OnTheWay:
         for value in self._values:
             numbers += value.reshape(-1).tolist() if value.dim() else [value.item()]
         return numbers
+
+    def array(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """All of them, one after another, float64."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        if isinstance(self._values, Tensor):
+            return self._values.numpy()
+        return torch.cat([value.reshape(-1).double() for value in self._values]).numpy()

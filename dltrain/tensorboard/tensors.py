@@ -6,6 +6,7 @@ where there are too many; and histograms from counts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ MOST = 64
 
 _REDUCTIONS = {"weights": "l2", "activations": "std", "active": "mean", "unsaturated": "mean"}
 """What is shown of a kind; of all others the mean absolute value."""
+
+_FIRST = re.compile("_(in|out)put_0$")
+"""Ends the name of what a module takes in or returns, mostly the only one."""
 
 _LEAST, _LARGEST = COLUMNS.index("least_negated"), COLUMNS.index("largest")
 
@@ -94,7 +98,7 @@ def _added(rows: Array) -> Array:
 
 def _bare(name: str) -> str:
     """The parameter's or module's name."""
-    return (name.partition("/")[2] or name).removesuffix("_output_0")
+    return _FIRST.sub("", name.partition("/")[2] or name)
 
 
 def _cut(name: str, depth: int) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dltrain.config import Config, load_overrides
 from dltrain.debugger.activations import Activations
 from dltrain.debugger.reductions import reduce
-from dltrain.debugger.sampler import Sampler
+from dltrain.debugger.sampler import Sampler, names_of
+from dltrain.debugger.selection import NOTHING
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.plan import Plan
@@ -56,9 +57,9 @@ def watched(rank: int, ranks: int, overrides: dict[str, Any]) -> dict[str, Any]:
     task = Watched(config)
     example = lambda: share_of(0, 0, 1, samples=12)  # noqa: E731
     engine = parallelize(task, config, mesh, CPU, example, watch=activations.install)
-    sampler = Sampler(engine, (), activations.names())
+    sampler = Sampler(engine, names_of(engine, (), activations.names()))
     for step in range(3):
-        activations.on = step == 1
+        activations.due = frozenset(activations.names()) if step == 1 else NOTHING
         engine.forward_backward(share_of(step, mesh.data_rank, mesh.data_ranks, samples=12), torch.tensor(12.0))
         engine.step(0.0, 0.0)
         if step == 1:

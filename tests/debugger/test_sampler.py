@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dltrain.debugger.reductions import REDUCTIONS, reduce
-from dltrain.debugger.sampler import Sampler
+from dltrain.debugger.sampler import Sampler, names_of
 from dltrain.testing.ranks import run_ranks
 from tests.parallel.matrix import LAYOUTS, SAMPLES, build, share_of
 
@@ -27,7 +27,7 @@ ROUNDING = 3e-7
 def sampled(rank: int, ranks: int, overrides: dict[str, Any], kinds: tuple[str, ...] = KINDS) -> tuple[Any, Any, Any]:
     """Names, moments at the second step, and (of one process) the tensors themselves."""
     _, mesh, engine = build("vit", rank, ranks, {**SETTINGS, **overrides})
-    sampler = Sampler(engine, kinds)
+    sampler = Sampler(engine, names_of(engine, kinds))
     for step in range(2):
         engine.forward_backward(share_of("vit", step, mesh.data_rank, mesh.data_ranks), torch.tensor(float(SAMPLES)))
         if step:

@@ -25,7 +25,7 @@ def write(folder: Path, start: int, stop: int, names: list[str] = NAMES) -> None
     with Store(folder / "debugger" / "statistics") as store:
         store.begin(start, names)
         for step in range(start + 1, stop + 1):
-            store.scalars(step, (100.0 + step, 1 / step, 2.0, 0.1, 0.0))
+            store.scalars(step, (100.0 + step, 1 / step, 2.0, 0.1, 0.0, 1.0))
             if step % 2 == 0:
                 store.statistics(step, rows(step))
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from dltrain.debugger.findings import Finding
+from dltrain.debugger.needs import Needs
 from dltrain.debugger.seen import Seen, Tensors
 
 
@@ -30,9 +31,19 @@ class Rule:
     """A sentence: why what it finds matters."""
     advice: ClassVar[str] = ""
     """A sentence: what to try."""
+    actions: ClassVar[tuple[str, ...]] = ()
+    """What follows when it finds something, beside the config's ``debugger.actions``."""
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
-        """What is wrong at this step."""
+    when: ClassVar[tuple[str, ...]] = ("step",)
+    """What it is shown: every step and evaluation, or only where there are "tensors", "scores", or an observation of a
+    kind (:mod:`dltrain.debugger.observing`)."""
+
+    def needs(self) -> Needs:
+        """What it wants to be looked at beyond the tensors that the config collects."""
+        return Needs()
+
+    def update(self, seen: Seen) -> Iterable[Finding] | None:
+        """What is wrong at this step; ``None`` if it cannot tell, so that what was wrong before still is."""
         raise NotImplementedError(f"{type(self).__name__} must say in update() what is wrong")
 
     def finding(self, step: int, what: str, where: Iterable[str] = (), **numbers: float) -> Finding:
@@ -43,8 +54,10 @@ class Rule:
 class TensorRule(Rule):
     """A rule about tensors: it is shown the steps that have statistics, by :meth:`look`."""
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
-        return () if seen.tensors is None else self.look(seen, seen.tensors)
+    when: ClassVar = ("tensors",)
+
+    def update(self, seen: Seen) -> Iterable[Finding] | None:
+        return None if seen.tensors is None else self.look(seen, seen.tensors)
 
     def look(self, seen: Seen, tensors: Tensors) -> Iterable[Finding]:
         """What is wrong with them at this step."""
@@ -56,26 +69,39 @@ class Watch:
 
     def __init__(self, rules: Iterable[Rule], failed: Callable[[str], Any]) -> None:
         self._rules, self._failed = list(rules), failed
-        self._of_every_step = [rule for rule in self._rules if not isinstance(rule, TensorRule)]
+        self._of_every_step = [rule for rule in self._rules if "step" in rule.when]
         self._wrong: dict[int, set[str]] = {}
 
-    def update(self, seen: Seen) -> Iterator[Finding]:
+    def update(self, seen: Seen) -> Iterable[Finding]:
         """New findings of this step."""
-        for rule in self._of_every_step if seen.tensors is None else list(self._rules):
+        found: list[Finding] = []
+        plain = seen.tensors is None and not seen.observed and not seen.scores
+        for rule in self._of_every_step if plain else self._shown(seen):
             try:
-                found = list(rule.update(seen))
+                wrong = rule.update(seen)
+                if wrong is not None and (wrong != () or self._wrong):  # which is quick to see
+                    found += self._new(rule, list(wrong))
             except Exception as error:  # noqa: BLE001 - a rule may be anyone's
-                self._rules = [each for each in self._rules if each is not rule]
-                self._of_every_step = [each for each in self._of_every_step if each is not rule]
-                reason = f"{type(error).__name__}: {error}".rstrip(": ")
-                self._failed(f"rule {type(rule).__name__} failed at step {seen.step} and is switched off ({reason})")
-                continue
-            if found or id(rule) in self._wrong:
-                yield from self._new(rule, found)
+                self._switch_off(rule, seen.step, error)
+        return found
+
+    def _shown(self, seen: Seen) -> list[Rule]:
+        there = {"step", *seen.observed}
+        there |= {"tensors"} if seen.tensors is not None else set()
+        there |= {"scores"} if seen.scores else set()
+        return [rule for rule in self._rules if not there.isdisjoint(rule.when)]
+
+    def _switch_off(self, rule: Rule, step: int, error: Exception) -> None:
+        self._rules = [each for each in self._rules if each is not rule]
+        self._of_every_step = [each for each in self._of_every_step if each is not rule]
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        self._failed(f"rule {type(rule).__name__} failed at step {step} and is switched off ({reason})")
 
     def _new(self, rule: Rule, found: list[Finding]) -> Iterator[Finding]:
-        before = self._wrong.get(id(rule), set())
-        self._wrong[id(rule)] = {place for each in found for place in each.where or ("",)}
+        before = self._wrong.pop(id(rule), set())
+        now = {place for each in found for place in each.where or ("",)}
+        if now:
+            self._wrong[id(rule)] = now
         for each in found:
             fresh = tuple(place for place in each.where or ("",) if place not in before)
             if fresh:

@@ -43,23 +43,24 @@ class LossNotDecreasing(Rule):
     _losses: _Mean = field(default_factory=_Mean, repr=False)
     _before: float = field(default=math.nan, repr=False)
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
+    def update(self, seen: Seen) -> Iterable[Finding] | None:
         if seen.scores:
-            return
+            return None
         self._losses.add(seen.loss)
         if self._losses.count < self.num_steps:
-            return
+            return None
         mean, before = self._losses.take(), self._before
         self._before = mean
         if not math.isfinite(mean):
-            yield self.finding(seen.step, "the loss is not finite", loss=mean)
-        if not math.isfinite(mean) or not math.isfinite(before) or not before:
-            return
+            return [self.finding(seen.step, "the loss is not finite", loss=mean)]
+        if not math.isfinite(before) or not before:
+            return ()
         fell = 100 * (before - mean) / abs(before)
         if fell < -self.increase_threshold_percent:
-            yield self.finding(seen.step, f"the loss rose by {-fell:.3g} % in {self.num_steps} steps", percent=fell)
+            return [self.finding(seen.step, f"the loss rose by {-fell:.3g} % in {self.num_steps} steps", percent=fell)]
         elif fell < self.diff_percent:
-            yield self.finding(seen.step, f"the loss fell by {fell:.3g} % in {self.num_steps} steps", percent=fell)
+            return [self.finding(seen.step, f"the loss fell by {fell:.3g} % in {self.num_steps} steps", percent=fell)]
+        return ()
 
 
 @dataclass
@@ -74,19 +75,20 @@ class LossSpike(Rule):
     _losses: deque[float] = field(default_factory=deque, repr=False)
     _sum: float = field(default=0.0, repr=False)
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
+    def update(self, seen: Seen) -> Iterable[Finding] | None:
         if seen.scores or not math.isfinite(seen.loss):
-            return
+            return ()
         losses, loss = self._losses, seen.loss
         if len(losses) == self.window:
             mean = self._sum / self.window
             if loss > 1.5 * mean and loss > mean + self.deviations * pstdev(losses):  # which takes its time
                 what = f"the loss is {loss:.4g}, after {mean:.4g} in the mean of {self.window} steps"
-                yield self.finding(seen.step, what, loss=loss, mean=mean)
-                return  # the spike is no measure for what follows
+                # the spike is no measure for what follows
+                return [self.finding(seen.step, what, loss=loss, mean=mean)]
             self._sum -= losses.popleft()
         losses.append(loss)
         self._sum += loss
+        return ()
 
 
 @dataclass
@@ -102,18 +104,19 @@ class Overfit(Rule):
     _losses: _Mean = field(default_factory=_Mean, repr=False)
     _times: int = field(default=0, repr=False)
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
+    def update(self, seen: Seen) -> Iterable[Finding] | None:
         if not seen.scores:
             self._losses.add(seen.loss)
-            return
+            return None
         if "loss" not in seen.scores or not self._losses.count or seen.step < self.start_step:
-            return
+            return ()
         train, held_out = self._losses.take(), seen.scores["loss"]
         ratio = (held_out - train) / train if train else 0.0
         self._times = self._times + 1 if ratio > self.ratio_threshold else 0
         if self._times >= self.patience:
             what = f"the held-out loss is {held_out:.4g}, and the training loss {train:.4g}"
-            yield self.finding(seen.step, what, ratio=ratio)
+            return [self.finding(seen.step, what, ratio=ratio)]
+        return ()
 
 
 @dataclass
@@ -130,18 +133,19 @@ class Overtraining(Rule):
     _best: dict[str, float] = field(default_factory=dict, repr=False)
     _since: dict[str, int] = field(default_factory=dict, repr=False)
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
+    def update(self, seen: Seen) -> Iterable[Finding] | None:
         if not seen.scores:
             self._losses.add(seen.loss)
-            return
+            return None
         if "loss" not in seen.scores or not self._losses.count:
-            return
+            return ()
         train = self._losses.take()
         self._note("training", train)
         self._note("held-out", seen.scores["loss"])
         if self._since["training"] >= self.patience_train and self._since["held-out"] >= self.patience_validation:
             since = self._since["held-out"]
-            yield self.finding(seen.step, f"no better loss for {since} evaluations", evaluations=float(since))
+            return [self.finding(seen.step, f"no better loss for {since} evaluations", evaluations=float(since))]
+        return ()
 
     def _note(self, which: str, loss: float) -> None:
         better = loss < self._best.get(which, math.inf) - self.delta
@@ -159,11 +163,12 @@ class StalledTrainingRule(Rule):
     threshold: float = 1800.0
     _before: float = field(default=0.0, repr=False)
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
+    def update(self, seen: Seen) -> Iterable[Finding] | None:
         before, self._before = self._before, seen.time
         waited = seen.time - before
         if before and waited > self.threshold:
-            yield self.finding(seen.step, f"the step came {waited:.0f} s after the one before", seconds=waited)
+            return [self.finding(seen.step, f"the step came {waited:.0f} s after the one before", seconds=waited)]
+        return ()
 
 
 @dataclass
@@ -176,8 +181,9 @@ class LossScaleCollapse(Rule):
     fall: float = 4096.0
     _largest: float = field(default=0.0, repr=False)
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
+    def update(self, seen: Seen) -> Iterable[Finding] | None:
         scale = seen.loss_scale
         self._largest = max(self._largest, scale)
         if scale and scale < max(self.threshold, self._largest / self.fall):
-            yield self.finding(seen.step, f"the loss scale is {scale:g}, and was {self._largest:g}", scale=scale)
+            return [self.finding(seen.step, f"the loss scale is {scale:g}, and was {self._largest:g}", scale=scale)]
+        return ()

@@ -117,7 +117,7 @@ class DeepSpeedEngine(PlainEngine):
             yield from super().pieces(kind)
             return
         for name, tensor in self._zero.tensors(kind):
-            yield Piece(name, tensor.detach(), self.mesh.environment.is_main)
+            yield Piece(name, tensor.detach(), self.mesh.environment.is_main, tensor)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         return super().gradients() if self._zero is None else self._zero.gradients()

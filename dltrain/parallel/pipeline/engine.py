@@ -57,7 +57,9 @@ class PipelineEngine(Updating):
         losses: list[Tensor] = []
 
         def finish(outputs: Any, place: int) -> Tensor:
-            loss = torch.dot(self._losses(outputs, pieces[place])[1], pieces[place].weight)
+            found = self._losses(outputs, pieces[place])[1]
+            self.sample_losses.add(pieces[place], found)
+            loss = torch.dot(found, pieces[place].weight)
             losses.append(loss.detach())
             return loss
 

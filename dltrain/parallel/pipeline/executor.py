@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dltrain.errors import UserError
 from dltrain.parallel.pipeline.channels import Cargo, Channels, Shape, Values, Wires
 from dltrain.parallel.pipeline.schedule import Action, Schedule
+from dltrain.runtime.step_clock import CLOCK
 
 Shapes = Sequence[Sequence[Shape]]
 
@@ -69,9 +70,11 @@ class Executor:
         steps = {"F": self._forward, "B": self._backward, "I": self._backward_input, "W": self._backward_weight}
         for place, action in enumerate(actions):
             steps[action.kind](run, action)
+            CLOCK.mark("forward" if action.kind == "F" else "backward")
             if last[action.stage] == place:
                 self._stage_done(self._stages[action.stage])
         run.channels.finish()
+        CLOCK.mark("communication")
 
     def evaluate(self, schedule: Schedule, shapes: Shapes, inputs: Sequence[Inputs], finish: Finish) -> None:
         """Forward of every piece, under ``torch.no_grad``; ``schedule`` has nothing else."""
@@ -157,7 +160,11 @@ class Executor:
 
     def _arrived(self, run: Run, cargo: Cargo, stage: int, piece: int) -> Values:
         here = run.local.pop((cargo, stage, piece), None)
-        return run.channels.receive(cargo, stage, piece) if here is None else here
+        if here is not None:
+            return here
+        arrived = run.channels.receive(cargo, stage, piece)
+        CLOCK.mark("pipeline")
+        return arrived
 
 
 def as_values(returned: Any) -> Values:

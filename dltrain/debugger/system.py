@@ -1,0 +1,102 @@
+"""What the machine does while a model trains: CPU, memory, disk, network, and GPUs where NVIDIA's library is there.
+
+A thread looks every so many seconds; nothing waits for it. Of a job on several hosts it sees the first.
+
+    watch = SystemWatch(1.0, device)
+    watch.taken()  # [{"time": ..., "cpu": 35.0, "gpus": [{"used": 97.0, "memory": 40.0}], ...}, ...]
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import time
+from typing import Any
+
+import psutil
+import torch
+
+MOST = 10_000
+"""Samples that are kept until somebody takes them."""
+
+
+class SystemWatch:
+    """Samples since the last time, as plain numbers.
+
+    ``cpu`` is the mean over all cores and ``core`` the busiest one, in percent; ``io_wait`` in percent of all cores;
+    ``memory`` in percent; ``resident`` bytes of this process; ``read``, ``written``, ``sent`` and ``received`` bytes
+    per second; ``workers`` child processes and ``cores``; of each of ``gpus`` ``used`` and ``memory`` in percent.
+    """
+
+    def __init__(self, seconds: float, device: torch.device) -> None:
+        self._seconds = seconds
+        self._process = psutil.Process()
+        self._gpus = _gpus() if device.type == "cuda" else None
+        self._found: list[dict[str, Any]] = []
+        self._before = self._counters()
+        psutil.cpu_percent(percpu=True)  # the first call has nothing to compare with
+        psutil.cpu_times_percent()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="system watch", daemon=True)
+        self._thread.start()
+
+    def taken(self) -> list[dict[str, Any]]:
+        """What was seen since last time."""
+        found, self._found = self._found, []
+        return found
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self._found = [*self._found[-MOST:], self._sample()]
+
+    def _sample(self) -> dict[str, Any]:
+        cores, times = psutil.cpu_percent(percpu=True), psutil.cpu_times_percent()
+        before, self._before = self._before, self._counters()
+        passed = max(self._before["time"] - before["time"], 1e-9)
+        rates = {name: (value - before[name]) / passed for name, value in self._before.items() if name != "time"}
+        return {
+            "time": time.time(),
+            "cpu": sum(cores) / len(cores),
+            "core": max(cores),
+            "io_wait": getattr(times, "iowait", 0.0),
+            "memory": psutil.virtual_memory().percent,
+            "resident": self._process.memory_info().rss,
+            **{name: round(rate) for name, rate in rates.items()},
+            "workers": len(self._process.children(recursive=True)),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else len(cores),
+            "gpus": [] if self._gpus is None else _used(*self._gpus),
+        }
+
+    def _counters(self) -> dict[str, float]:
+        disk, network = psutil.disk_io_counters(), psutil.net_io_counters()
+        return {
+            "time": time.monotonic(),
+            "read": disk.read_bytes if disk else 0,
+            "written": disk.write_bytes if disk else 0,
+            "sent": network.bytes_sent,
+            "received": network.bytes_recv,
+        }
+
+
+def _gpus() -> tuple[Any, list[Any]] | None:
+    """NVIDIA's library and its handles; ``None`` where ``nvidia-ml-py`` or a driver is missing."""
+    try:
+        library = importlib.import_module("pynvml")
+        library.nvmlInit()
+    except Exception:  # noqa: BLE001 - the library has errors of its own, and may not be there to name them
+        return None
+    return library, [library.nvmlDeviceGetHandleByIndex(place) for place in range(library.nvmlDeviceGetCount())]
+
+
+def _used(library: Any, handles: list[Any]) -> list[dict[str, float]]:
+    found = []
+    for handle in handles:
+        memory = library.nvmlDeviceGetMemoryInfo(handle)
+        used = float(library.nvmlDeviceGetUtilizationRates(handle).gpu)
+        found.append({"used": used, "memory": 100.0 * memory.used / memory.total})
+    return found
