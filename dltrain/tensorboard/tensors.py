@@ -50,13 +50,15 @@ def scalars(tensors: Tensors) -> Iterator[tuple[str, float]]:
 def histogram(name: str, counted: Counted) -> Summary:
     """Of a tensor by its name, under ``tensors_<kind>/<tensor>``."""
     edges, counts, moments = counted
+    filled = np.flatnonzero(counts)
+    first, last = (filled[0], filled[-1] + 1) if len(filled) else (0, 0)  # most bins are empty
     least, largest = -float(moments[_LEAST]), float(moments[_LARGEST])
-    if not np.isfinite([least, largest]).all():  # the bins hold the finite values alone
-        filled = np.flatnonzero(counts)
-        least, largest = (float(edges[filled[0]]), float(edges[filled[-1] + 1])) if len(filled) else (0.0, 0.0)
+    if not np.isfinite([least, largest]).all():  # bins have the numbers alone
+        least, largest = float(edges[first]), float(edges[last])
     number, total, squares = (float(each) for each in moments[:3])
+    limits, inside = edges[first + 1 : last + 1].tolist(), counts[first:last].tolist()
     tag = f"tensors_{kind_of(name)}/{_bare(name)}"
-    return histogram_raw(tag, least, largest, number, total, squares, edges[1:].tolist(), counts.tolist())  # type: ignore[no-untyped-call]
+    return histogram_raw(tag, least, largest, number, total, squares, limits, inside)  # type: ignore[no-untyped-call]
 
 
 def by_layer(names: Sequence[str], rows: Array) -> dict[str, Array]:

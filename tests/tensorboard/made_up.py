@@ -6,13 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dltrain.config import Config, Data
 from dltrain.config.tree import Debugger
 from dltrain.debugger.findings import Finding
+from dltrain.debugger.histograms import EDGES, counts_of
 from dltrain.debugger.moments import moments_of
 from dltrain.debugger.seen import Index, Tensors
 from dltrain.runtime.environment import Environment
@@ -63,11 +63,9 @@ def statistics(step: int, layers: int = 3) -> Tensors:
     return Tensors(Index(list(named)), moments_of(list(named.values())).numpy())
 
 
-def counted(values: torch.Tensor, bins: int = 30) -> tuple[Any, Any, Any]:
-    """Values in bins, as the debugger counts them; those that are not finite are in none."""
-    finite = values[values.isfinite()].double().numpy()
-    counts, edges = np.histogram(finite, bins=bins)
-    return edges, counts.astype(np.float64), moments_of([values])[0].numpy()
+def counted(values: torch.Tensor) -> tuple[Any, Any, Any]:
+    """Values in bins, as the debugger counts them; what is not a number is in none."""
+    return EDGES, counts_of(values).numpy(), moments_of([values])[0].numpy()
 
 
 def read(folder: Path) -> EventAccumulator:
