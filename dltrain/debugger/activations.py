@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from dltrain.debugger.histograms import counts_of
-from dltrain.debugger.moments import added, moments_of
+from dltrain.debugger.moments import added, row_of
 from dltrain.debugger.needs import Needs
 from dltrain.debugger.selection import NOTHING, Selection
 from dltrain.debugger.shares import Shares
@@ -114,7 +114,7 @@ class Activations:
         samples, those of shares of all their samples; collective."""
         rows, self._rows = self._rows, {}
         yield from rows.items()
-        yield from ((name, moments_of([values])[0]) for name, values in self.shares.taken(mesh.data_group()))
+        yield from ((name, row_of(values)) for name, values in self.shares.taken(mesh.data_group()))
 
     def counts(self) -> dict[str, Tensor]:
         """Values in bins since last time, float64 [BINS], by name."""
@@ -172,7 +172,7 @@ class Activations:
 
     def _keep(self, name: str, value: Tensor) -> None:
         local = _local(value)
-        row, before = moments_of([local])[0], self._rows.get(name)
+        row, before = row_of(local), self._rows.get(name)
         self._rows[name] = row if before is None else added(torch.stack([before, row]))
         if name in self.counted:
             self._counts[name] = self._counts.get(name, 0) + counts_of(local)

@@ -11,6 +11,7 @@ import numpy as np
 from dltrain.debugger.findings import Finding
 from dltrain.debugger.reductions import Array
 from dltrain.debugger.run import SavedRun, open_run
+from dltrain.debugger.smdebug.run import ImportedRun
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _WIDTH = 40
@@ -38,7 +39,7 @@ def _print(console: Any, finding: Finding) -> None:
     console.print(f"    {finding.why} {finding.advice}", style="dim")
 
 
-def _tables(console: Any, run: SavedRun) -> None:
+def _tables(console: Any, run: SavedRun | ImportedRun) -> None:
     from rich.table import Table
 
     gradients = run.tensor_names(kind="gradients")

@@ -29,6 +29,7 @@ DEFAULT = (
     "VanishingGradient",
     "ExplodingTensor",
     "WeightUpdateRatio",
+    "UnevenUpdates",
     "AllZero",
     "DeadRelu",
     "SaturatedActivation",
