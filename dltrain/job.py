@@ -304,7 +304,8 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
         path = step_folder(run.checkpoints, trainer.step)
         facts = _report_facts(run, trainer.step, path, job.config)
         write_report(trainer.last_metric, run.report, facts, job.environment)
-        _show_pictures(run, trainer.step, hooks)
+        for hook in hooks if job.environment.is_main else ():
+            hook.report_written(trainer.step, run.report)
     rate = trainer.trained_samples / max(trainer.trained_seconds, 1e-9)
     facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
     _record_end(job, run, status, scores=trainer.scores, micro_batch=trainer.engine.micro_batch, **facts)
@@ -313,15 +314,6 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
     if job.environment.is_main:
         _show({**trainer.scores, **facts, "run": str(run.path)})
     return 0
-
-
-def _show_pictures(run: RunFolder, step: int, hooks: list[Hook]) -> None:
-    from dltrain.hooks.tensorboard import TensorBoard
-
-    pictures = [(path.stem.replace("_", " "), path) for path in sorted(run.report.glob("*.png"))]
-    for hook in hooks:
-        if isinstance(hook, TensorBoard):
-            hook.pictures(step, pictures)
 
 
 def _report_facts(run: RunFolder, step: int, checkpoint: Path | None, config: Config) -> dict[str, Any]:

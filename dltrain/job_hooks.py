@@ -14,6 +14,7 @@ from dltrain.hooks.progress import progress
 from dltrain.hooks.records import Records
 from dltrain.run_folder import RunFolder
 from dltrain.runtime.environment import Environment
+from dltrain.sagemaker.tensorboard import tensorboard_folder
 from dltrain.task import Task
 
 
@@ -25,10 +26,12 @@ def hooks_of(config: Config, task: Task, run: RunFolder, environment: Environmen
     if config.run.collect_every:
         hooks.append(Collection(config.run.collect_every))
     writers: list[Hook] = []
+    folder = config.logging.tensorboard_folder or tensorboard_folder()  # on every rank: all refuse a mistake
     if environment.is_main and config.logging.tensorboard:
-        from dltrain.hooks.tensorboard import TensorBoard  # slow to import, and may be switched off
+        from dltrain.tensorboard.events import Events, place_of  # slow to import, and may be switched off
+        from dltrain.tensorboard.hook import TensorBoard
 
-        writers.append(TensorBoard(run.tensorboard))
+        writers.append(TensorBoard(Events(*place_of(folder, run.path)), config, environment))
     if config.debugger.on or config.profiler.every:
         from dltrain.debugger.hook import Debug
 

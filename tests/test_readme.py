@@ -66,6 +66,7 @@ def test_the_rooms_import_from_their_own_floor_or_below() -> None:
         "checkpoint": 4,
         "hooks": 4,
         "debugger": 4,
+        "tensorboard": 4,
         "profiling": 4,
         "readings": 4,
         "evaluation": 4,
