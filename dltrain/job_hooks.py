@@ -26,16 +26,18 @@ def hooks_of(config: Config, task: Task, run: RunFolder, environment: Environmen
     if config.run.collect_every:
         hooks.append(Collection(config.run.collect_every))
     writers: list[Hook] = []
+    board = None
     folder = config.logging.tensorboard_folder or tensorboard_folder()  # on every rank: all refuse a mistake
     if environment.is_main and config.logging.tensorboard:
         from dltrain.tensorboard.events import Events, place_of  # slow to import, and may be switched off
         from dltrain.tensorboard.hook import TensorBoard
 
-        writers.append(TensorBoard(Events(*place_of(folder, run.path)), config, environment))
+        board = TensorBoard(Events(*place_of(folder, run.path)), config, environment)
+        writers.append(board)
     if config.debugger.on or config.profiler.every:
         from dltrain.debugger.hook import Debug
 
-        hooks.append(Debug(config, environment, run.debugger, _rules_of(task)))
+        hooks.append(Debug(config, environment, run.debugger, _rules_of(task), () if board is None else (board,)))
     hooks += _of_the_profiler(config, task, run, environment)
     if environment.is_main:
         writers = [Records(run.metrics), *progress(config.logging.progress), *writers]

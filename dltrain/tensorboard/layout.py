@@ -19,6 +19,8 @@ _TAGS = {
     "samples_per_second": "speed/samples_per_second",
     "step_seconds": "speed/step_seconds",
     "data_wait": "speed/data_wait",
+    "tflops": "speed/tflops",
+    "mfu": "speed/model_flops_utilisation",
 }
 
 _TOGETHER = ("accuracy", "balanced_accuracy", "f1", "accuracy_top5")

@@ -35,7 +35,7 @@ DEFAULT = (
     "SaturatedActivation",
     "UnchangedTensor",
     "LossSpike",
-    "Overfit:ratio_threshold=1:patience=3",
+    "Overfit:ratio_threshold=1:patience=3:least=0.05",
     "StalledTrainingRule",
     "LossScaleCollapse",
     "DataWait",
