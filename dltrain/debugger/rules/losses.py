@@ -98,7 +98,7 @@ class LossSpike(Rule):
 
 @dataclass
 class Overfit(Rule):
-    """The held-out loss is above the training loss by more than ``ratio_threshold`` of it, and by ``least`` of the first
+    """The held-out loss is above the training loss by more than ``ratio_threshold`` of it, and ``least`` of the first
     loss, at ``patience`` evaluations in a row; the training loss is the mean since the evaluation before."""
 
     why: ClassVar = "The model learns the training samples by heart."
