@@ -22,6 +22,7 @@ BENCHMARKS = {
     "parity": "dltrain verify of every engine and schedule; writes docs/parity.md",
     "parallel": "CPU seconds of a step under each layout: the Trainer against plain PyTorch by hand",
     "debugger": "what statistics of tensors and rules cost, on steps that are due and on others",
+    "smdebug": "CPU seconds of statistics beside SageMaker Debugger's hook, which needs an environment of its own",
     "report": "write results/README.md anew from the stored results",
 }
 
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"there is no benchmark {known.name!r}; {nearest(known.name, BENCHMARKS)}")
         if known.name != "data" and (known.peers or known.work != WORK):
             raise UserError(f"--peers and --work belong to the benchmark 'data', not to {known.name!r}")
+        if known.name != "smdebug" and known.peer_python:
+            raise UserError(f"--peer-python belongs to the benchmark 'smdebug', not to {known.name!r}")
         request = Request(**vars(known))
         print(json.dumps(import_module(f"benchmarks.{known.name}").run(request)), flush=True)
     except UserError as error:
@@ -59,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="where results are stored")
     parser.add_argument("--peers", action="store_true", help="data: beside all peers, installed for it on first use")
+    parser.add_argument("--peer-python", default="", metavar="PYTHON", help="smdebug: the interpreter that has it")
     parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help="data: where its files are kept")
     return parser
 

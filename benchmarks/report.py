@@ -47,6 +47,17 @@ of the ratios within rounds, both loops in the same processes, in turn; in brack
 |---|---|---|---|---|---|
 """
 
+SMDEBUG = """
+## Statistics beside SageMaker Debugger
+
+CPU time that a due step takes more with statistics of 50 parameters and their gradients: smdebug asked for so many
+numbers, dltrain taking all of its statistics and judging them by its default rules. Medians over passes that alternate
+between the two; in brackets the quartiles of the ratios within passes.
+
+| smdebug is asked for | dltrain, ms | smdebug, ms | smdebug / dltrain | hardware | torch | result |
+|---|---|---|---|---|---|---|
+"""
+
 PARITY = """
 ## Parity
 
@@ -87,7 +98,9 @@ def run(request: Request) -> dict[str, Any]:
 
 def render(results: Iterable[tuple[str, dict[str, Any]]]) -> str:
     """The page, from the results by file name."""
-    rows: dict[str, list[str]] = {"data": [], "throughput": [], "trainer_overhead": [], "parallel": [], "parity": []}
+    heads = {"data": DATA, "throughput": THROUGHPUT, "trainer_overhead": OVERHEAD}
+    heads |= {"parallel": PARALLEL, "smdebug": SMDEBUG, "parity": PARITY}
+    rows: dict[str, list[str]] = {kind: [] for kind in heads}
     for name, result in results:
         if result["benchmark"] == "throughput":
             rows["throughput"] += [_throughput(name, result, model) for model in result["models"]]
@@ -98,10 +111,10 @@ def render(results: Iterable[tuple[str, dict[str, Any]]]) -> str:
         elif result["benchmark"] == "parity":
             same = sum(bool(case["same"]) for case in result["cases"])
             rows["parity"].append(_row(same, len(result["cases"]), *_origin(name, result)))
+        elif result["benchmark"] == "smdebug":
+            rows["smdebug"] += [_beside_smdebug(name, result, each) for each in result["figures"]]
         elif result["benchmark"] == "data":
             rows["data"].append(data_report.section(name, result, _origin(name, result)))
-    heads = {"data": DATA, "throughput": THROUGHPUT, "trainer_overhead": OVERHEAD}
-    heads |= {"parallel": PARALLEL, "parity": PARITY}
     return HEAD + "".join(heads[kind] + "".join(lines) for kind, lines in rows.items() if lines)
 
 
@@ -137,6 +150,14 @@ def _layout(name: str, result: dict[str, Any], layout: str) -> str:
     median, lower, upper = (f"{ratio[key] - 1:+.1%}" for key in ("median", "lower_quartile", "upper_quartile"))
     beyond = f"{median} ({lower} to {upper}){_busy(measured)}"
     return _row(layout, beyond, f"{bare['median'] * 1e3:.0f}", *_origin(name, result))
+
+
+def _beside_smdebug(name: str, result: dict[str, Any], figure: str) -> str:
+    measured = result["figures"][figure]
+    ours, theirs, ratio = (measured[key] for key in ("dltrain_ms", "smdebug_ms", "ratio"))
+    half = f"{ratio['lower_quartile']:.1f} to {ratio['upper_quartile']:.1f}"
+    times = f"{ratio['median']:.1f} ({half}){_busy(measured)}"
+    return _row(figure, f"{ours['median']:.2f}", f"{theirs['median']:.1f}", times, *_origin(name, result))
 
 
 def _origin(name: str, result: dict[str, Any]) -> tuple[str, str, str]:

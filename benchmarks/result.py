@@ -40,13 +40,15 @@ class Request:
     output: Path = RESULTS
     peers: bool = False
     work: Path = WORK
+    peer_python: str = ""
 
     @property
     def command(self) -> str:
         """The command that repeats the measurement, without the places of its files and its result."""
         device = "" if self.device == "auto" else f" --device {self.device}"
         flags = "".join(f" --{flag}" for flag in ("quick", "peers") if getattr(self, flag))
-        return f"python -m benchmarks {self.name}{flags}{device}"
+        peer = " --peer-python PYTHON" if self.name == "smdebug" else ""
+        return f"python -m benchmarks {self.name}{flags}{device}{peer}"
 
 
 def store(request: Request, device: torch.device, settings: dict[str, Any], measured: dict[str, Any]) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from dltrain import storage
+from dltrain.data.batch import Batch
 from dltrain.data.loader import Loader
 from dltrain.errors import UserError
 from dltrain.metrics.base import Metric, reduce_sums, worst
@@ -19,9 +22,11 @@ from dltrain.runtime.environment import Environment
 from dltrain.task import Task
 
 
-def evaluate(engine: Engine, task: Task, loader: Loader) -> Metric:
+def evaluate(
+    engine: Engine, task: Task, loader: Loader, watch: Callable[[Batch, Any, Tensor], object] | None = None
+) -> Metric:
     """One pass over the loader's epoch with the averaged weights, where an average is kept; collective. Returns the
-    metric, its sums reduced over all ranks.
+    metric, its sums reduced over all ranks. Who wants to ``watch`` is given each batch with its predictions and losses.
 
     The padded tail keeps ranks in step and counts for nothing. Raises :class:`UserError` when the samples counted are
     not those of the data set.
@@ -33,6 +38,8 @@ def evaluate(engine: Engine, task: Task, loader: Loader) -> Metric:
             outputs, losses = engine.evaluate(batch)
             if engine.counts:
                 metric.update(outputs, losses, batch)
+                if watch is not None:
+                    watch(batch, outputs, losses)
     reduce_sums(metric)
     counted = metric.compute().get("samples", loader.samples)
     if round(counted) != loader.samples:

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -34,12 +34,9 @@ from dltrain.config.tree import AUTO
 from dltrain.data.reader import Dataset
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from dltrain.evaluation import evaluate, write_report
-from dltrain.hooks.agreement import CheckAgreement
 from dltrain.hooks.base import Hook
-from dltrain.hooks.collection import Collection
-from dltrain.hooks.progress import progress
-from dltrain.hooks.records import Records
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
+from dltrain.job_hooks import hooks_of
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.checks import check_layout, layout_for_scoring
@@ -53,6 +50,7 @@ from dltrain.runtime.logs import say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
 from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
+from dltrain.sagemaker.debug_hook import apply_debug_hook
 from dltrain.task import Task
 from dltrain.trainer import Trainer
 from dltrain.verification import record_steps
@@ -98,6 +96,7 @@ def train(job: Job) -> int:
     storage.configure(job.config.storage)
     with joined(job.config, job.environment) as device, stop_flag() as stop:
         report_ready(job.environment.rank)
+        job = _with_one_debugger(job)
         task = job.task(job.config)
         mesh = build_mesh(job.config.parallel, job.environment, device)
         place = Place(job.config, task, job.environment, mesh, device)
@@ -105,7 +104,7 @@ def train(job: Job) -> int:
         run: RunFolder = _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset))
         loader = train_loader(data, place, run.quarantine)
         checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
-        hooks = _hooks(job, task, run)
+        hooks = hooks_of(job.config, task, run, job.environment)
         weights = None if _goes_on(job, run) else starting_weights(job.config, job.environment)
         trainer = Trainer(
             job.config,
@@ -164,6 +163,7 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
     recipe = _declared(task)
     if known.command == "train":
         config = apply_channels(recipe.configure(known.preset, overrides, known.config), read_channels())
+        config = apply_debug_hook(config, overrides, environment)
         return train(Job(task, recipe.name, known.preset, config, environment))
     if known.run is None:
         raise UserError(f"{known.command} needs a folder: {known.command} FOLDER")
@@ -184,6 +184,12 @@ def _declared(task: type[Task]) -> Declarations:
     path = Path(inspect.getfile(task))
     name = os.environ.get(RECIPE, recipe_name(str(path)))
     return describe_module(module, name, path, module.__doc__ or "")
+
+
+def _with_one_debugger(job: Job) -> Job:
+    """Rank 0's settings of the debugger on every rank: a file of each host may have been read."""
+    debugger = _agreed(job, lambda: job.config.debugger)
+    return replace(job, config=job.config.replace(debugger=debugger))
 
 
 T = TypeVar("T")
@@ -231,28 +237,6 @@ def _recorded(job: Job, run: RunFolder, dataset: Dataset, hooks: list[Hook], wei
     finally:
         for hook in hooks:
             hook.close()
-
-
-def _hooks(job: Job, task: Task, run: RunFolder) -> list[Hook]:
-    hooks = task.hooks()
-    if not isinstance(hooks, list) or not all(isinstance(hook, Hook) for hook in hooks):
-        raise UserError(f"{type(task).__name__}.hooks() must return a list of hooks, such as [MyHook()], not {hooks!r}")
-    if job.config.run.check_every:
-        hooks.append(CheckAgreement(int(job.config.run.check_every.value)))
-    if job.config.run.collect_every:
-        hooks.append(Collection(job.config.run.collect_every))
-    if job.config.debugger.on:
-        from dltrain.debugger.hook import Debug
-
-        hooks.append(Debug(job.config, job.environment, run.debugger, task.rules()))
-    if not job.environment.is_main:
-        return hooks
-    hooks += [Records(run.metrics), *progress(job.config.logging.progress)]
-    if job.config.logging.tensorboard:
-        from dltrain.hooks.tensorboard import TensorBoard  # slow to import, and may be switched off
-
-        hooks.append(TensorBoard(run.tensorboard))
-    return hooks
 
 
 def _show_model(hooks: list[Hook], model: nn.Module) -> None:
@@ -320,7 +304,8 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
         path = step_folder(run.checkpoints, trainer.step)
         facts = _report_facts(run, trainer.step, path, job.config)
         write_report(trainer.last_metric, run.report, facts, job.environment)
-        _show_pictures(run, trainer.step, hooks)
+        for hook in hooks if job.environment.is_main else ():
+            hook.report_written(trainer.step, run.report)
     rate = trainer.trained_samples / max(trainer.trained_seconds, 1e-9)
     facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
     _record_end(job, run, status, scores=trainer.scores, micro_batch=trainer.engine.micro_batch, **facts)
@@ -329,15 +314,6 @@ def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: 
     if job.environment.is_main:
         _show({**trainer.scores, **facts, "run": str(run.path)})
     return 0
-
-
-def _show_pictures(run: RunFolder, step: int, hooks: list[Hook]) -> None:
-    from dltrain.hooks.tensorboard import TensorBoard
-
-    pictures = [(path.stem.replace("_", " "), path) for path in sorted(run.report.glob("*.png"))]
-    for hook in hooks:
-        if isinstance(hook, TensorBoard):
-            hook.pictures(step, pictures)
 
 
 def _report_facts(run: RunFolder, step: int, checkpoint: Path | None, config: Config) -> dict[str, Any]:

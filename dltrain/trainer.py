@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,7 +144,8 @@ class Trainer:
             return None
         self._drain()
         self._tell("evaluation_start")
-        metric = evaluate(self.engine, self.task, self.evaluation)
+        watch = partial(self._tell, "evaluation_batch") if self._listeners["evaluation_batch"] else None
+        metric = evaluate(self.engine, self.task, self.evaluation, watch)
         self.scores, self.last_metric, self._evaluation_left = metric.compute(), metric, False
         record = {"step": self.step, "epoch": self.epoch, **{f"evaluation/{k}": v for k, v in self.scores.items()}}
         self._tell("evaluation_end", record)

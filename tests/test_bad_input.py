@@ -137,6 +137,7 @@ def test_an_empty_data_set_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert_one_sentence(cli(*TRAIN, "--data.train", str(tmp_path / "empty")), "is empty")
 
 
+@pytest.mark.slow
 def test_a_data_set_changed_before_a_resume_is_refused_and_nothing_is_lost(cli: Cli, tmp_path: Path) -> None:
     url = write_digits(tmp_path / "d")
     assert cli(*TRAIN, "--data.train", url, TINY_DIE="6:SIGTERM").status == 75
@@ -158,6 +159,7 @@ def test_a_run_that_exists_is_not_overwritten(cli: Cli, tmp_path: Path) -> None:
     assert (run / "run.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_failed_run_says_so_and_keeps_its_checkpoints(cli: Cli, tmp_path: Path) -> None:
     assert cli(*TRAIN, TINY_DIE="6:SIGTERM").status == 75
     run = tmp_path / "runs" / "bad"

@@ -52,8 +52,21 @@ def test_peers_belong_to_the_data_benchmark_alone() -> None:
     assert "--peers" in done.stderr
 
 
+def test_smdebug_is_measured_in_an_environment_of_its_own() -> None:
+    for words, sentence in (
+        (("smdebug", "--peer-python", "no-such-python"), "there is no interpreter 'no-such-python' with smdebug"),
+        (("smdebug", "--quick", "--peer-python", sys.executable), "smdebug does not run there: ModuleNotFoundError"),
+        (("debugger", "--peer-python", sys.executable), "--peer-python belongs to the benchmark 'smdebug'"),
+    ):
+        done = benchmark(*words)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert sentence in done.stderr
+
+
 def test_the_command_repeats_what_was_measured() -> None:
     assert Request("data", quick=True, peers=True).command == "python -m benchmarks data --quick --peers"
+    assert Request("smdebug", peer_python="/x/python").command == "python -m benchmarks smdebug --peer-python PYTHON"
     assert Request("data", work=Path("elsewhere")).command == "python -m benchmarks data"
 
 

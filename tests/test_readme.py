@@ -66,6 +66,8 @@ def test_the_rooms_import_from_their_own_floor_or_below() -> None:
         "checkpoint": 4,
         "hooks": 4,
         "debugger": 4,
+        "tensorboard": 4,
+        "profiling": 4,
         "readings": 4,
         "evaluation": 4,
     }
@@ -74,6 +76,7 @@ def test_the_rooms_import_from_their_own_floor_or_below() -> None:
         "trainer": 5,
         "job": 6,
         "job_data": 6,
+        "job_hooks": 6,
         "verification": 6,
         "planning": 6,
         "recipes": 6,

@@ -103,6 +103,7 @@ def test_a_misspelt_event_is_refused() -> None:
             def evaluation_ended(self) -> None: ...
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_path_with_its_own_config_and_evaluated_from_elsewhere(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(Path(TINY).read_text())
     first = cli(
@@ -137,6 +138,7 @@ def test_a_mistake_does_not_use_up_the_name_of_a_run(cli: Cli, tmp_path: Path) -
     assert cli(*train).status == 0
 
 
+@pytest.mark.slow
 def test_a_run_has_one_trainer_at_a_time_and_a_dead_one_is_seen(cli: Cli, tmp_path: Path) -> None:
     train = ["train", TINY, "--preset", "small", "--run.name", "x"]
     command = [sys.executable, "-m", "dltrain", *train, "--run.length", "100000st", "--checkpoint.every", "0st"]

@@ -101,6 +101,7 @@ def test_a_changed_batch_size_continues_the_same_sequence(cli: Cli, tmp_path: Pa
     assert positions == list(range(len(positions)))
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_trains_no_further(cli: Cli, tmp_path: Path) -> None:
     train = ["train", TINY, "--preset", "small", "--run.length", "4st", "--run.name", "done"]
     first = cli(*train)
@@ -149,6 +150,7 @@ def test_a_signal_before_training_ends_at_once_without_a_traceback(tmp_path: Pat
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", [pytest.param("drop", marks=pytest.mark.slow), "pad"])
 def test_a_run_with_a_ragged_tail_resumes_exactly(cli: Cli, tmp_path: Path, tail: str) -> None:
     settings = ["train", TINY, "--preset", "small", "--run.length", "1.5ep", "--data.tail", tail]

@@ -18,14 +18,17 @@ def run(arguments: Sequence[str]) -> int:
     report.add_argument("run", help=_RUN)
     report.add_argument("--output", default="", metavar="FILE", help="where to; RUN/debugger/report.html by default")
     known = parser.parse_args(arguments)
-    url = known.run if "://" in known.run else str(find_run(known.run).path)
-    # what follows needs arrays, and is imported late
+    from dltrain.debugger.smdebug.folder import is_smdebug  # which needs arrays, as what follows
+
+    is_url = "://" in known.run or is_smdebug(known.run)
+    url = known.run if is_url else str(find_run(known.run).path)
     if known.command == "report":
         from dltrain.debugger.report.writing import write_report
 
         print(write_report(url, known.output))
         return 0
-    from dltrain.debugger.show import show_names, show_run, show_tensor
+    from dltrain.debugger.inspecting import show_names, show_tensor
+    from dltrain.debugger.show import show_run
 
     if known.names is not None:
         return show_names(url, known.names)
@@ -39,7 +42,7 @@ _RUN = "a run's folder or URL, or its name in runs/; it may still be going on"
 
 def _add_show(commands: _SubParsersAction[Parser]) -> None:
     show = commands.add_parser("show", help="findings, and how it went")
-    show.add_argument("run", help=_RUN)
+    show.add_argument("run", help=f"{_RUN}; or a SageMaker Debugger trial's folder")
     which = show.add_mutually_exclusive_group()
     which.add_argument("--rules", nargs="*", help="judge the run by these rules now, such as LossNotDecreasing")
     which.add_argument("--names", nargs="?", const="", metavar="REGEX", help="names of tensors by kind")

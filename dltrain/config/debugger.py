@@ -87,6 +87,9 @@ class Debugger(Section):
     actions: tuple[str, ...] = ("log",)
     """What follows when a rule finds something: log, save (a checkpoint), capture (the batch), stop (resumable),
     call:module.function, webhook:https://..., sns:arn:..."""
+    config: str = ""
+    """SageMaker Debugger's debughookconfig.json, or a list of its rules, by path or URL; empty reads the one that
+    SMDEBUG_CONFIG_FILE_PATH names or that lies in /opt/ml/input/config, if any, and off none. Other settings win."""
     strict: bool = False
     """End the run when a part of the debugger fails, such as by a full disk; otherwise it is told and left out."""
 
@@ -108,5 +111,9 @@ class Profiler(Section):
     """Ranks that trace."""
     memory: tuple[int, ...] = ()
     """Steps after which a snapshot of the device's memory is written; out of memory writes one anyway."""
-    system: float = Field(default=0.0, ge=0)
-    """Seconds between looks at CPU, disk, network and GPUs; 0 takes none, but 1 where the debugger is on."""
+    system: float = Field(default=1.0, gt=0)
+    """Seconds between looks at CPU, disk, network and GPUs, where the debugger is on."""
+    flops: bool = False
+    """Count the model's FLOPs, and tell how many are done per second; it is on where the debugger is."""
+    peak_tflops: float = Field(default=0.0, ge=0)
+    """TFLOPs per second of a device at its best, for its utilisation (mfu); 0 takes those of GPUs that are known."""

@@ -172,6 +172,8 @@ def _parse(name: str, value: Any, field: FieldInfo) -> Any:
             if value.lstrip()[:1] in ("[", "{"):
                 raise UserError(f"--{name} is {value!r}, which is no list; write [a, b] or a,b") from None
             parsed = value  # a pattern such as *.bias, which YAML takes for something else
+        if isinstance(parsed, int | float):
+            return [parsed]
         return [part.strip() for part in value.split(",")] if isinstance(parsed, str) else parsed
     return value
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
 from dltrain.config.debugger import Debugger, Profiler
 from dltrain.config.deepspeed import DeepSpeed, refuse_other_layouts
@@ -323,6 +323,16 @@ class Logging(Section):
     """A live line on a terminal ('rich'), a line per record elsewhere ('plain')."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    tensorboard_folder: str = ""
+    """Where TensorBoard's events go, to a folder of the run's name: a local folder, or s3://, where those in the run's
+    folder are copied to. Empty leaves them there; on SageMaker it is the LocalPath of the job's TensorBoard output."""
+
+    @field_validator("tensorboard_folder")
+    @classmethod
+    def _can_be_written(cls, value: str) -> str:
+        if "://" in value and value.partition("://")[0] not in ("file", "s3", "memory"):
+            raise ValueError(f"events cannot be written to {value}; give a local folder or an s3:// URL")
+        return value
 
 
 class Evaluation(Section):

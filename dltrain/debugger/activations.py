@@ -2,7 +2,8 @@
 
     watch = Activations(selection)
     watch.install(model)
-    watch.due, watch.mode = names, "train"  # forward passes are noted, those that checkpointing repeats are not
+    watch.begin(names, "train")  # forward passes are noted, those that checkpointing repeats are not
+    watch.end()
     watch.taken(mesh)
 
 Of ReLUs it also counts how often each unit (a channel of images, a feature of tokens) is active, and of tanh and
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from dltrain.debugger.histograms import counts_of
-from dltrain.debugger.moments import added, moments_of
+from dltrain.debugger.moments import added, row_of
 from dltrain.debugger.needs import Needs
 from dltrain.debugger.selection import NOTHING, Selection
 from dltrain.debugger.shares import Shares
@@ -82,6 +83,8 @@ class Activations:
     """Of a model's modules, by name: moments of what goes in and comes out, counts of units, and raw values."""
 
     def __init__(self, selection: Selection | None = None) -> None:
+        self.on = False
+        """The one thing that compiled code asks, so that there are two variants of it, however many tensors are due."""
         self.due: frozenset[str] = NOTHING
         self.mode: Literal["train", "eval"] = "train"
         self.counted: frozenset[str] = NOTHING
@@ -94,6 +97,13 @@ class Activations:
         self._counts: dict[str, Tensor] = {}
         self._kept: dict[str, list[Tensor]] = {}
         self.shares = Shares()
+
+    def begin(self, due: frozenset[str], mode: Literal["train", "eval"]) -> None:
+        """Note these tensors until :meth:`end`."""
+        self.on, self.due, self.mode = bool(due), due, mode
+
+    def end(self) -> None:
+        self.on, self.due = False, NOTHING
 
     def install(self, model: nn.Module) -> None:
         """Give modules hooks; before the model is compiled, or they would never be called."""
@@ -114,7 +124,7 @@ class Activations:
         samples, those of shares of all their samples; collective."""
         rows, self._rows = self._rows, {}
         yield from rows.items()
-        yield from ((name, moments_of([values])[0]) for name, values in self.shares.taken(mesh.data_group()))
+        yield from ((name, row_of(values)) for name, values in self.shares.taken(mesh.data_group()))
 
     def counts(self) -> dict[str, Tensor]:
         """Values in bins since last time, float64 [BINS], by name."""
@@ -146,12 +156,14 @@ class Activations:
         return site
 
     def _note(self, site: _Site, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
-        if self.due and module.training == (self.mode == "train"):
+        if self.on:
             self._take(site, module, given, returned)
 
     @torch.compiler.disable
     @torch.no_grad()
     def _take(self, site: _Site, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+        if module.training != (self.mode == "train"):
+            return
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass, which repeats what was noted
             return
         for leaves, values in ((site.inputs, given), (site.outputs, returned)):
@@ -172,7 +184,7 @@ class Activations:
 
     def _keep(self, name: str, value: Tensor) -> None:
         local = _local(value)
-        row, before = moments_of([local])[0], self._rows.get(name)
+        row, before = row_of(local), self._rows.get(name)
         self._rows[name] = row if before is None else added(torch.stack([before, row]))
         if name in self.counted:
             self._counts[name] = self._counts.get(name, 0) + counts_of(local)

@@ -74,7 +74,7 @@ class Collector:
             self._sampler.begin(due)
             self._keys = batch.keys
             watched = self._activations
-            watched.due, watched.mode = due, "train"
+            watched.begin(due, "train")
             watched.counted, watched.raw = self._choice.counted, self._choice.raw
 
     def gradients_ready(self, trainer: View) -> None:
@@ -110,7 +110,7 @@ class Collector:
     def evaluation_start(self) -> None:
         """What modules take in and return is noted until the evaluation ends."""
         watched = self._activations
-        watched.due, watched.mode = frozenset(self._of_modules.names), "eval"
+        watched.begin(frozenset(self._of_modules.names), "eval")
         watched.counted = watched.raw = NOTHING
 
     def evaluation_end(self, trainer: View) -> Tensors:
@@ -126,7 +126,7 @@ class Collector:
 
     def _put_modules(self, trainer: View, sampler: Sampler) -> None:
         watched = self._activations
-        watched.due = NOTHING
+        watched.end()
         for name, row in watched.taken(trainer.engine.mesh):
             sampler.put(name, row)
         for name, counts in watched.counts().items():

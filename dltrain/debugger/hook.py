@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,12 @@ from dltrain.debugger.actions import Actions
 from dltrain.debugger.capture import Captured
 from dltrain.debugger.collecting import Collector
 from dltrain.debugger.findings import Finding
+from dltrain.debugger.histograms import trimmed
 from dltrain.debugger.needs import all_of
 from dltrain.debugger.observing import Timelines, confusion_of, gathered_losses
 from dltrain.debugger.policy import Policy
 from dltrain.debugger.recorder import Guard, Recorder
+from dltrain.debugger.reductions import Array
 from dltrain.debugger.rules.base import Rule, Watch
 from dltrain.debugger.rules.catalogue import build
 from dltrain.debugger.seen import NOT_OBSERVED, Seen, Tensors
@@ -46,6 +48,8 @@ class Audience(Protocol):
     def finding(self, finding: Finding) -> None: ...
 
     def statistics(self, step: int, tensors: Tensors) -> None: ...
+
+    def histograms(self, step: int, counted: Mapping[str, tuple[Array, Array, Array]]) -> None: ...
 
 
 class Debug(Hook):
@@ -73,7 +77,7 @@ class Debug(Hook):
         self._recorder: Recorder | None = None
         self._system: SystemWatch | None = None
         self._faults: deque[tuple[int, str]] = deque()
-        every, self._seconds = config.profiler.every, config.profiler.system or 1.0
+        every, self._seconds = config.profiler.every, config.profiler.system
         self._timed = Policy(int(every.value)) if every else Policy.of(settings)
         self._max_norm, self._started = config.optim.max_norm, False
         self._busy, self._next = False, 0
@@ -88,7 +92,7 @@ class Debug(Hook):
         engine = trainer.engine
         choice = self._collector.begin(trainer)
         engine.sample_losses.on = self.needs.losses
-        self._timelines = Timelines(self._environment, engine.device)
+        self._timelines = Timelines(self._environment, engine)
         CLOCK.watch(self._timed.next, engine.device)
         if self._environment.is_main:
             self._recorder = Recorder(self._folder, self._guard, trainer.step, choice.names, bool(choice.counted))
@@ -187,14 +191,21 @@ class Debug(Hook):
             raise AssertionError("only the rank that records is shown")
         if tensors is not None:
             self._recorder.statistics(step, tensors)
-            for each in self._audience:
-                each.statistics(step, tensors)
+            self._show(step, tensors)
             observed["system"] = self._system.taken() if self._system is not None else []
             if self._faults and self._faults[0][0] == step:
                 observed["replicas"] = self._faults.popleft()[1]
         for kind, value in observed.items():
             self._recorder.observed(step, kind, value)
         return observed
+
+    def _show(self, step: int, tensors: Tensors) -> None:
+        rows = dict(zip(tensors.index.names, tensors.rows, strict=True))
+        counted = {name: (*trimmed(counts), rows[name]) for name, counts in tensors.counts.items()}
+        for each in self._audience:
+            each.statistics(step, tensors)
+            if counted:
+                each.histograms(step, counted)
 
     def _judge(self, seen: Seen) -> Request:
         asked = NOTHING

@@ -40,7 +40,6 @@ _MEAN_DOMINATES = 0.1
 """Share of the squares that is the mean's, from which on they are taken anew around it."""
 
 
-@torch.no_grad()
 def moments_of(tensors: Sequence[Tensor]) -> Tensor:
     """Float64 [tensors, 9], columns as :data:`COLUMNS`, on the tensors' device, which is never waited for.
 
@@ -49,8 +48,15 @@ def moments_of(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.empty(0, len(COLUMNS), dtype=torch.float64)
     if tensors[0].device.type == "cpu":
-        return torch.tensor([_on_host(_flat(tensor).numpy()) for tensor in tensors], dtype=torch.float64)
+        return torch.from_numpy(np.array([_on_host(_flat(tensor).numpy()) for tensor in tensors]))
     return torch.stack([_on_device(_flat(tensor)) for tensor in tensors])
+
+
+def row_of(tensor: Tensor) -> Tensor:
+    """Float64 [9] of one tensor, as :func:`moments_of`."""
+    if tensor.device.type == "cpu":
+        return torch.from_numpy(np.array(_on_host(_flat(tensor).numpy())))
+    return _on_device(_flat(tensor))
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -64,6 +70,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _on_host(flat: Floats) -> tuple[float, ...]:
     """By numpy, on one core: torch would start its threads for each piece, and wait for those that others hold."""
+    if 0 < len(flat) <= CHUNK:  # most tensors are one chunk, and many so small that calls are all they cost
+        found, tops = _of_chunk(flat, np.empty_like(flat))
+        return (*found, *tops)
     sums, largest = list(NOTHING[: len(SUMS)]), list(NOTHING[len(SUMS) :])
     scratch = np.empty(min(CHUNK, len(flat)), np.float32)
     for start in range(0, len(flat), CHUNK):
@@ -76,16 +85,16 @@ def _on_host(flat: Floats) -> tuple[float, ...]:
 
 def _of_chunk(chunk: Floats, absolute: Floats) -> tuple[tuple[float, ...], tuple[float, ...]]:
     count, ones = len(chunk), _ONES[: len(chunk)]
-    largest, least = float(np.maximum.reduce(chunk)), float(np.minimum.reduce(chunk))
-    total, squares = float(np.dot(chunk, ones)), float(np.dot(chunk, chunk))
+    largest, least = chunk.item(chunk.argmax()), chunk.item(chunk.argmin())
+    total, squares = float(chunk.dot(ones)), float(chunk.dot(chunk))
     if least >= 0:  # what ReLUs return is its own absolute value
         magnitude, least_absolute = total, least
-        zeros = int(np.count_nonzero(np.equal(chunk, 0))) if least == 0 else 0
+        zeros = 0 if least else int(np.count_nonzero(np.equal(chunk, 0)))
     else:
         np.abs(chunk, out=absolute)
         bits = absolute.view(np.int32)  # which are in the order of the values, and quicker to look at
-        magnitude, zeros = float(np.dot(absolute, ones)), count - int(np.count_nonzero(bits))
-        least_absolute = float(bits[bits.argmin() : bits.argmin() + 1].view(np.float32)[0])
+        magnitude, least_absolute = float(absolute.dot(ones)), absolute.item(bits.argmin())
+        zeros = 0 if least_absolute else count - int(np.count_nonzero(bits))
     nonfinite = 0
     if not math.isfinite(squares):
         nonfinite = count - int(np.isfinite(chunk).sum())

@@ -6,7 +6,7 @@ Observations have a kind and a value of plain JSON: they stand in ``Seen.observe
     losses     {key: loss}: of samples trained on since the evaluation before
     confusion  {"matrix": [[...]], "names": [...]}: rows are true classes
     replicas   a sentence: what ranks that should hold the same do not
-    timeline   {"of": step, "seconds": {part: [of each rank]}}
+    timeline   {"of": step, "seconds": {part: [of each rank]}}, and "bubble", a share, in a pipeline
     system     [{"time": ..., "cpu": ..., ...}, ...]: samples since the due step before
 """
 
@@ -114,8 +114,8 @@ def confusion_of(metric: Any) -> dict[str, Any] | None:
 class Timelines:
     """The parts of due steps, of all ranks: gathered a fixed number of steps later, when they are over."""
 
-    def __init__(self, environment: Environment, device: torch.device) -> None:
-        self._place, self._ranks, self._device = environment.rank, ranks(), device
+    def __init__(self, environment: Environment, engine: Engine) -> None:
+        self._place, self._ranks, self._engine = environment.rank, ranks(), engine
         self._due: deque[int] = deque()
         self._parts: dict[int, dict[str, float]] = {}
         self._sent: deque[tuple[int, int, OnTheWay]] = deque()
@@ -136,10 +136,10 @@ class Timelines:
             parts = self._parts.pop(done, {})
             table = torch.zeros(self._ranks, len(PARTS), dtype=torch.float64)
             table[self._place] = torch.tensor([parts.get(part, 0.0) for part in PARTS])
-            table = table.to(self._device, non_blocking=True)
+            table = table.to(self._engine.device, non_blocking=True)
             if self._ranks > 1:
                 dist.all_reduce(table)
-            self._sent.append((done, step, OnTheWay([table], self._device)))
+            self._sent.append((done, step, OnTheWay([table], self._engine.device)))
 
     def read(self, step: int) -> dict[str, Any] | None:
         """What was gathered at this step."""
@@ -147,4 +147,5 @@ class Timelines:
             return None
         done, _, values = self._sent.popleft()
         table: Array = values.array().reshape(self._ranks, len(PARTS))
-        return {"of": done, "seconds": dict(zip(PARTS, table.T.tolist(), strict=True))}
+        found = {"of": done, "seconds": dict(zip(PARTS, table.T.tolist(), strict=True))}
+        return found if self._engine.bubble is None else {**found, "bubble": self._engine.bubble}

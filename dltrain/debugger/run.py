@@ -29,6 +29,8 @@ from dltrain.debugger.reductions import Array, reduce
 from dltrain.debugger.rules.base import Rule, Watch
 from dltrain.debugger.rules.catalogue import build
 from dltrain.debugger.seen import Index, Seen, Tensors, kind_of
+from dltrain.debugger.smdebug.folder import is_smdebug
+from dltrain.debugger.smdebug.run import ImportedRun
 from dltrain.debugger.store import SCALARS, Segment, read_folder
 from dltrain.errors import UserError, nearest
 
@@ -234,9 +236,12 @@ class SavedRun:
         return set(read_raw(folder, steps[-1])[0]) if (steps := steps_of(folder)) else set()
 
 
-def open_run(url: str) -> SavedRun:
-    """The run in a folder or under a URL. Raises :class:`UserError` where it has no statistics."""
-    return SavedRun(str(url))
+def open_run(url: str) -> SavedRun | ImportedRun:
+    """The run, or the trial of SageMaker Debugger's, in a folder or under a URL.
+
+    Raises :class:`UserError` where it has no statistics.
+    """
+    return ImportedRun(str(url)) if is_smdebug(str(url)) else SavedRun(str(url))
 
 
 def _present(segments: list[Segment]) -> list[str]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dltrain.debugger.histograms import BINS, counts_of
-from dltrain.debugger.moments import NOTHING, SUMS, moments_of
+from dltrain.debugger.moments import NOTHING, SUMS, row_of
 from dltrain.debugger.reductions import Array
 from dltrain.parallel.engine import Engine
 from dltrain.parallel.pieces import Piece
@@ -111,7 +111,7 @@ class Sampler:
         for piece in pieces:
             name = name_of(kind, piece.name)
             if piece.counts and piece.local.numel() and name in self._due and name in self._places:
-                self.put(name, moments_of([piece.local])[0])
+                self.put(name, row_of(piece.local))
                 if name in self.counted:
                     self.count(name, counts_of(piece.local))
 

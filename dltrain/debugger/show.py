@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +11,9 @@ import numpy as np
 from dltrain.debugger.layers import Layers, layers_of, ratios
 from dltrain.debugger.reductions import Array
 from dltrain.debugger.run import SavedRun, open_run
-from dltrain.debugger.seen import kind_of
 from dltrain.debugger.severity import Group, grouped
+from dltrain.debugger.smdebug.run import ImportedRun
 from dltrain.debugger.spent import Spent, brief, samples_of, summary_of, time_of
-from dltrain.errors import UserError
 from dltrain.runtime.step_clock import PARTS
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -27,12 +25,7 @@ MOST = 24
 _FINDINGS = 6
 """Of a rule; of more, the newest."""
 
-_ROWS = 200
-"""Steps in a tensor's table; of more, some are shown, evenly apart."""
-
 _RANKS = 16
-
-_REDUCTIONS = ("mean", "std", "min", "max", "abs_mean", "l2", "fraction_zero", "fraction_nonfinite")
 
 _DEAD = 0.01
 
@@ -40,13 +33,16 @@ _DEAD = 0.01
 def show_run(url: str, rules: Sequence[str] | None) -> int:
     """Print findings, those of the run or of ``rules`` now, then gradients, updates, units, time and the machine;
     returns 0."""
-    run, console = open_run(url), _console()
+    run, console = open_run(url), terminal()
     found = run.findings() if rules is None else list(run.judge(rules or ["default"]))
     for group in grouped(found):
         _print_group(console, group)
     steps = run.steps()
     console.print(f"{len(found)} finding(s); statistics of {len(steps)} steps, {steps[0]} to {steps[-1]}" if steps else
                   f"{len(found)} finding(s); no statistics yet")  # fmt: skip
+    if isinstance(run, ImportedRun):
+        _print_gradients(console, *_imported_gradients(run))
+        return 0
     if steps:
         _print_layers(console, run)
         _print_idle(console, run)
@@ -55,42 +51,8 @@ def show_run(url: str, rules: Sequence[str] | None) -> int:
     return 0
 
 
-def show_names(url: str, regex: str) -> int:
-    """Print the names of tensors that there are statistics of, by kind; those that the expression is found in."""
-    try:
-        names = open_run(url).tensor_names(regex=regex)
-    except re.error as error:
-        raise UserError(f"--names {regex!r} is no regular expression: {error}") from None
-    if not names:
-        raise UserError(f"{url} has no tensor whose name has {regex!r} in it; --names alone lists all")
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(kind_of(name), []).append(name)
-    for kind, some in kinds.items():
-        print(f"{kind} ({len(some)})")
-        print("".join(f"  {name}\n" for name in some), end="")
-    return 0
-
-
-def show_tensor(url: str, name: str) -> int:
-    """Print what is known of a tensor at each of its steps."""
-    from rich.table import Table  # slow to import
-
-    tensor = open_run(url).tensor(name)
-    if not tensor.steps:
-        raise UserError(f"{name} has no statistics yet")
-    places = np.unique(np.linspace(0, len(tensor.steps) - 1, _ROWS).astype(int))
-    columns = [tensor.reductions(each)[places] for each in _REDUCTIONS]
-    left_out = len(tensor.steps) - len(places)
-    title = name + (f" ({left_out} steps between these are left out)" if left_out else "")
-    table = Table("step", *(each.replace("_", " ") for each in _REDUCTIONS), title=title)
-    for step, *values in zip(np.array(tensor.steps)[places], *columns, strict=True):
-        table.add_row(str(step), *(f"{value:.3g}" for value in values))
-    _console().print(table)
-    return 0
-
-
-def _console() -> Any:
+def terminal() -> Any:
+    """A terminal as wide as it is; files and pipes get lines of 160 letters."""
     from rich.console import Console  # slow to import
 
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -112,20 +74,30 @@ def _print_group(console: Any, group: Group) -> None:
 
 def _print_layers(console: Any, run: SavedRun) -> None:
     gradients = layers_of(run.segments(), "gradients")
-    if gradients.names:
-        values = gradients.reduced("abs_mean")
-        _print_table(console, "mean |gradient|, each on its own scale", "gradient", gradients.names, values)
+    _print_gradients(console, gradients.names, [each.compressed() for each in gradients.reduced("abs_mean")])
     updates, weights = layers_of(run.segments(), "updates"), layers_of(run.segments(), "weights")
     names, _, values = ratios(weights, updates)
     if names:
-        _print_table(console, "mean |update| / mean |weight|", "ratio", names, values)
+        series = [each.compressed() for each in values]
+        _print_table(console, "mean |update| / mean |weight|", "ratio", names, series)
 
 
-def _print_table(console: Any, title: str, what: str, names: Sequence[str], values: Any) -> None:
-    """Masked values [layers, steps] as bars, with the first, the median and the last; layers in the model's order."""
+def _imported_gradients(run: ImportedRun) -> tuple[list[str], list[Array]]:
+    """Of those whose means were kept, or can be computed."""
+    tensors = [run.tensor(name) for name in run.tensor_names(kind="gradients")]
+    known = [tensor for tensor in tensors if tensor.can("abs_mean")]
+    return [each.name.partition("/")[2] for each in known], [each.reductions("abs_mean") for each in known]
+
+
+def _print_gradients(console: Any, names: Sequence[str], series: Sequence[Array]) -> None:
+    if names:
+        _print_table(console, "mean |gradient|, each on its own scale", "gradient", names, series)
+
+
+def _print_table(console: Any, title: str, what: str, names: Sequence[str], series: Sequence[Array]) -> None:
+    """The values of each layer as bars, with the first, the median and the last; layers in the model's order."""
     from rich.table import Table
 
-    series = [each.compressed() for each in values]
     shown = standing_out(series, MOST)
     table = Table("parameter", f"{what} over time", "first", "median", "last", title=title)
     for place in shown:

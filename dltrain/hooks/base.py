@@ -15,12 +15,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from dltrain.config import Config
 from dltrain.data.batch import Batch
 from dltrain.errors import UserError
+from dltrain.metrics.base import Metric
 from dltrain.parallel.engine import Engine
+from dltrain.task import Task
 
 if TYPE_CHECKING:
     from dltrain.data.loader import Loader
@@ -35,6 +37,7 @@ EVENTS = (
     "step_read",
     "logged",
     "evaluation_start",
+    "evaluation_batch",
     "evaluation_end",
     "checkpoint_saved",
     "stop_requested",
@@ -63,6 +66,7 @@ class View(Protocol):
     """What a hook may read of the trainer."""
 
     config: Config
+    task: Task
     engine: Engine
     loader: Loader
     step: int
@@ -115,6 +119,9 @@ class Hook:
     def evaluation_start(self, trainer: View) -> Request | None:
         """The held-out samples are about to be scored."""
 
+    def evaluation_batch(self, trainer: View, batch: Batch, outputs: Any, losses: Tensor) -> Request | None:
+        """Held-out samples were scored: the task's predictions of them, and their losses [n]; on ranks that count."""
+
     def evaluation_end(self, trainer: View, record: dict[str, Any]) -> Request | None:
         """Scores over all ranks."""
 
@@ -126,6 +133,9 @@ class Hook:
 
     def fit_end(self, trainer: View) -> Request | None:
         """After the last step, evaluation and checkpoint."""
+
+    def report_written(self, step: int, folder: Path) -> None:
+        """The last evaluation's report, with its pictures, lies in the folder; after :meth:`fit_end`, on rank 0."""
 
     def close(self) -> None:
         """Always called, also after an error."""

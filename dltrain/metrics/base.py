@@ -7,7 +7,7 @@ Samples without a position are padding and count for nothing.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,16 @@ class Metric(Protocol):
 
     def report(self, folder: Path, examples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
         """Write pictures into ``folder``; returns details as JSON, and the pictures with their titles."""
+        ...
+
+
+@runtime_checkable
+class Curved(Metric, Protocol):
+    """A metric that has curves of precision and recall as well."""
+
+    def curves(self) -> dict[str, Tensor]:
+        """By name, counts of samples by the probability they were given, float64 [2, bins]: of those that are what the
+        curve is of, and of those that are not. Bin i begins at i / (bins - 1); valid after the sums were reduced."""
         ...
 
 

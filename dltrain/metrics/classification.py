@@ -15,6 +15,12 @@ from dltrain.metrics.base import Scores, worst
 BINS = 15
 KEPT = 16
 
+THRESHOLDS = 127
+"""Of curves of precision and recall: as many as TensorBoard takes."""
+
+CURVES = 50
+"""Most classes that have a curve each."""
+
 
 class Classification:
     """Scores of logits [n, classes] against ``batch.fields[target]`` (integers [n]).
@@ -32,6 +38,7 @@ class Classification:
             "top5": torch.zeros(1, dtype=torch.float64),
             "loss": torch.zeros(1, dtype=torch.float64),
             "bins": torch.zeros(3, BINS, dtype=torch.float64),  # samples, confidence, right
+            "curves": torch.zeros(2, classes if classes <= CURVES else 1, THRESHOLDS, dtype=torch.float64),
         }
         self._worst: list[dict[str, Any]] = []
 
@@ -39,7 +46,8 @@ class Classification:
         kept = batch.position >= 0
         logits, losses = outputs.detach().float().cpu()[kept], losses.detach().double().cpu()[kept]
         target = batch.fields[self._target].cpu()[kept]
-        confidence, predicted = logits.softmax(1).max(1)
+        probabilities = logits.softmax(1)
+        confidence, predicted = probabilities.max(1)
         classes = len(self.names)
         pairs = torch.bincount(target * classes + predicted, minlength=classes**2)
         self.sums["confusion"] += pairs.reshape(classes, classes)
@@ -47,6 +55,7 @@ class Classification:
         top = logits.topk(min(5, classes), dim=1).indices
         self.sums["top5"] += (top == target[:, None]).any(1).sum()
         self._count_bins(confidence.double(), (predicted == target).double())
+        self._count_thresholds(probabilities, target)
         self._keep_worst(losses, predicted, target, confidence, batch, kept)
 
     def compute(self) -> Scores:
@@ -66,6 +75,12 @@ class Classification:
         if len(self.names) > 5:
             scores["accuracy_top5"] = self.sums["top5"][0] / total.clamp(min=1)
         return {name: float(value) for name, value in scores.items()}
+
+    def curves(self) -> dict[str, Tensor]:
+        """Of each class, if there are at most :data:`CURVES`, and of all together: a sample counts for each."""
+        counts = self.sums["curves"]
+        each = dict(zip(self.names, counts.unbind(1), strict=True)) if counts.shape[1] == len(self.names) else {}
+        return {"all classes": counts.sum(1), **each}
 
     def examples(self) -> list[dict[str, Any]]:
         return self._worst
@@ -102,6 +117,17 @@ class Classification:
         place = (confidence.nan_to_num() * BINS).long().clamp(max=BINS - 1)  # a model that diverged is scored, too
         for row, values in enumerate((torch.ones_like(confidence), confidence, right)):
             self.sums["bins"][row].index_add_(0, place, values)
+
+    def _count_thresholds(self, probabilities: Tensor, target: Tensor) -> None:
+        """Samples by the probability of each class: those that are of it, and the others."""
+        counts = self.sums["curves"]
+        rows, size = counts.shape[1], counts[0].numel()
+        places = (probabilities.nan_to_num() * (THRESHOLDS - 1)).long()
+        if rows > 1:
+            places += torch.arange(rows) * THRESHOLDS
+        right = torch.bincount(places.gather(1, target[:, None])[:, 0], minlength=size)
+        counts[0] += right.reshape(rows, THRESHOLDS)
+        counts[1] += (torch.bincount(places.reshape(-1), minlength=size) - right).reshape(rows, THRESHOLDS)
 
     def _keep_worst(
         self, losses: Tensor, predicted: Tensor, target: Tensor, confidence: Tensor, batch: Batch, kept: Tensor

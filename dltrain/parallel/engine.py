@@ -32,6 +32,9 @@ class Engine(Protocol):
     counts: bool
     """Whether this rank stands for those that see the same samples, in sums over all ranks: it has their losses."""
 
+    bubble: float | None
+    """Share of a pipeline's passes in which its ranks wait for each other by the schedule; ``None`` without one."""
+
     sample_losses: SampleLosses
     """Losses of single samples, where somebody switches them on."""
 

@@ -43,6 +43,7 @@ class Updating:
         names: Sequence[str],
     ) -> None:
         self.model, self.optimizer, self.mesh, self.device = model, optimizer, mesh, device
+        self.bubble: float | None = None
         self.sample_losses = SampleLosses()
         self._agreement, self._data_ranks = Agreement(model, optimizer, mesh), mesh.data_ranks
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

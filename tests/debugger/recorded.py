@@ -60,6 +60,7 @@ def recorded(
             metrics[-1] |= {"evaluation/accuracy": 1 - loss / 4, "evaluation/samples": 100.0}
             recorder.observed(step, "confusion", {"matrix": [[40, 8], [1, 51]], "names": ["cat", "dog"]}, True)
             recorder.observed(step, "losses", {f"s{each}": 5.0 if each < 3 else 0.9**step for each in range(50)}, True)
+    metrics.append({"kind": "step", "step": steps, "loss": 0.2, "samples_per_second": 3456.0, "mfu": 0.4123})
     for each in findings:
         recorder.finding(replace(each))
     recorder.close()

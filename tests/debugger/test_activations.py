@@ -59,7 +59,7 @@ def watched(rank: int, ranks: int, overrides: dict[str, Any]) -> dict[str, Any]:
     engine = parallelize(task, config, mesh, CPU, example, watch=activations.install)
     sampler = Sampler(engine, names_of(engine, (), activations.names()))
     for step in range(3):
-        activations.due = frozenset(activations.names()) if step == 1 else NOTHING
+        activations.begin(frozenset(activations.names()) if step == 1 else NOTHING, "train")
         engine.forward_backward(share_of(step, mesh.data_rank, mesh.data_ranks, samples=12), torch.tensor(12.0))
         engine.step(0.0, 0.0)
         if step == 1:
@@ -109,3 +109,37 @@ def test_a_layout_gives_the_statistics_of_one_process(name: str) -> None:
                 bound = 0.2 if "/" in key and reduction != "fraction_zero" else 1e-5
                 assert reduce(reduction, found[key]) == pytest.approx(float(reduce(reduction, row)), abs=bound), key
             assert np.array_equal(found[key], everyone[0][key])
+
+
+def test_a_compiled_model_has_two_variants_and_is_noted_as_it_is_without() -> None:
+    torch.manual_seed(0)
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    plain, watched = Blocks(), Blocks()
+    watched.load_state_dict(plain.state_dict())
+    eager, noted = Activations(), Activations()
+    eager.install(plain)
+    noted.install(watched)
+    watched.first.compile(backend=backend)
+    watched.second.compile(backend=backend)
+    values, seen = torch.randn(12, 6), []
+    names = noted.names()
+    for due in (NOTHING, frozenset(names), NOTHING, frozenset(names[:1]), NOTHING, frozenset(names[1:])):
+        for model, activations in ((plain, eager), (watched, noted)):
+            activations.begin(due, "train")
+            model(values)
+            activations.end()
+        rows = dict(noted.taken(build_mesh(Config().parallel, Environment(), CPU)))
+        for name, row in eager.taken(build_mesh(Config().parallel, Environment(), CPU)):
+            assert torch.allclose(rows.pop(name), row)
+        assert not rows
+        seen.append(compiled)
+    without, both = seen[0], seen[1]
+    assert without == 2  # one for each block
+    assert seen[1:] == [both] * 5  # the other variant is compiled once, whatever is due

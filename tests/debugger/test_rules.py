@@ -38,7 +38,7 @@ def healthy(step: int) -> dict[str, torch.Tensor]:
     found |= {f"{name}_input_0": torch.randn(8, 20, generator=generator) for name in ("relu", "tanh")}
     found |= {"channels/conv_input_0": torch.tensor([0.01, -0.02, 0.0]), "labels/cls": torch.tensor([400.0, 300.0])}
     found |= {"tokens/0/embed_input_0": torch.tensor([0.0, 1.0, 0.0, 0.0])}
-    for layer in ("one.weight", "two.weight"):
+    for layer in ("one.weight", "two.weight", "three.weight"):
         weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) * (0.1 + 0.001 * step)
         found[layer] = weight
         found[name_of("gradients", layer)] = 0.01 * torch.randn(20, 30, generator=generator)
@@ -160,6 +160,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
         "WeightUpdateRatio", {"change": scaled("update/one.weight", 1e6, 13)}, 14, ("one.weight",)),
     "WeightUpdateRatio, small": (
         "WeightUpdateRatio", {"change": scaled("update/one.weight", 1e-7, 13)}, 14, ("one.weight",)),
+    "UnevenUpdates": ("UnevenUpdates", {"change": scaled("update/one.weight", 1e5, 13)}, 16, ("one.weight",)),
     "AllZero": ("AllZero", {"change": scaled("gradient/two.weight", 0.0, 5)}, 6, ("gradient/two.weight",)),
     "DeadRelu": ("DeadRelu", {"change": scaled("active/relu", 0.0, 15)}, 16, ("relu",)),
     "SaturatedActivation": (
@@ -199,7 +200,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
     "NLPSequenceRatio": (
         "NLPSequenceRatio", {"change": replaced("tokens/0/embed_input_0", torch.tensor([1.0, 1.0, 0.0]), 7)}, 8,
         ("tokens/0/embed_input_0",)),
-    "LabelNoise": ("LabelNoise", {"observed": {"losses": lambda step: hard(step, 3)}}, 20, ("s0", "s1", "s2")),
+    "LabelNoise": ("LabelNoise", {"observed": {"losses": lambda step: hard(step, 3)}}, 40, ("s0", "s1", "s2")),
     "MaxInitializationTime": ("MaxInitializationTime", {"observed": {"initialization": lambda step: 1500.0}}, 1, ()),
     "StepOutlier": (
         "StepOutlier:n_outliers=2",

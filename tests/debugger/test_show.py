@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dltrain.debugger.show import show_names, show_run, show_tensor, standing_out
+from dltrain.debugger.inspecting import show_names, show_tensor
+from dltrain.debugger.report.writing import write_report
+from dltrain.debugger.show import show_run, standing_out
 from dltrain.errors import UserError
 from tests.conftest import Cli
 from tests.debugger.recorded import finding, recorded
+from tests.debugger.test_smdebug import OUTPUT, opened
 
 Captured = pytest.CaptureFixture[str]
 
@@ -82,6 +85,21 @@ def test_a_tensor_is_a_table_over_steps(tmp_path: Path, capsys: Captured) -> Non
     assert all(word in shown for word in ("abs mean", "fraction nonfinite", "│ 1 ", "│ 1500 "))
     with pytest.raises(UserError, match=r"did you mean 'gradient/head\.weight'"):
         show_tensor(path, "gradient/head.weigh")
+
+
+def test_trials_of_sagemaker_debugger_are_shown_as_far_as_they_go(capsys: Captured) -> None:
+    run = opened(OUTPUT / "two")
+    gradients = run.tensor_names(kind="gradients")
+    assert show_run(str(OUTPUT / "two"), None) == 0
+    shown = capsys.readouterr().out
+    assert "mean |gradient|" in shown
+    assert all(name.partition("/")[2] in shown for name in gradients)
+    show_names(str(OUTPUT / "two"), "")
+    assert f"gradients ({len(gradients)})" in capsys.readouterr().out
+    show_tensor(str(OUTPUT / "two"), gradients[0])
+    assert "abs mean" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is a SageMaker Debugger trial, of which there is no report"):
+        write_report(str(OUTPUT / "two"))
 
 
 def test_names_and_tensors_by_the_command(cli: Cli, tmp_path: Path) -> None:

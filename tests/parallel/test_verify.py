@@ -50,6 +50,7 @@ def test_layouts_of_our_recipes_are_the_same(cli: Cli, words: tuple[str, ...], t
     assert not (tmp_path / "runs").exists()  # it leaves nothing behind
 
 
+@pytest.mark.slow
 def test_a_model_that_depends_on_the_layout_is_found(cli: Cli, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.py"
     text = Path(TINY).read_text()

@@ -167,5 +167,6 @@ def heatmap(
 
 
 def short(name: str, most: int = 34) -> str:
-    """A long name without its middle."""
-    return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
+    """A long name without its middle, as matplotlib shows it: dollars would begin a formula."""
+    kept = name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
+    return kept.replace("$", r"\$")

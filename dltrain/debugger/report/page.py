@@ -30,7 +30,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --muted: #a2abb5; --grid: #3a4149; --paper: #15181c;
   --card: #1e2227; --broken: #f07070; --learning: #eaa04d; --data: #b795ea; --cost: #78aef2; --good: #6cc58a } }
 @media print { :root { --ink: #000; --muted: #444; --grid: #ccc; --paper: #fff; --card: #fff; color-scheme: light }
-  nav { display: none } figure, .card, tr { break-inside: avoid } h2 { break-after: avoid } }
+  nav { display: none } figure, .card, tr { break-inside: avoid } h2, h3 { break-after: avoid } }
 body { font: 15px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto 5rem; padding: 0 1.2rem;
   color: var(--ink); background: var(--paper) }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem }

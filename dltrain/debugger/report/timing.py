@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,15 @@ from dltrain.runtime.step_clock import PARTS
 _BARS = 120
 """Of timed steps; of more, some are shown, evenly apart."""
 
+_SPEED = {
+    "samples_per_second": ("samples per second", "{:,.0f}"),
+    "step_seconds": ("seconds of a step", "{:.4g}"),
+    "data_wait": ("share of the time that steps wait for data", "{:.1%}"),
+    "tflops": ("TFLOPs per second of each rank", "{:.3g}"),
+    "mfu": ("model FLOPs utilisation (MFU), of the devices' peak", "{:.1%}"),
+}
+"""What is logged of it, how that is called, and how it is written."""
+
 _COLOUR = dict(zip(PARTS, SERIES, strict=True))
 
 
@@ -25,9 +33,7 @@ def timing(run: SavedRun) -> Section:
     parts = [] if spent is None else [_over_steps(spent), _percentages(spent)]
     if spent is not None and spent.seconds.shape[1] > 1:
         parts.insert(1, _by_rank(spent))
-    throughput = run.observations("throughput")
-    if throughput:
-        parts.append(_throughput(throughput[-1][1]))
+    parts += filter(None, [_speed(run)])
     waited = run.observations("initialization")
     if waited:
         parts.append(words(f"The first step came {waited[-1][1]:.3g} s after the process had started.", "muted"))
@@ -98,19 +104,15 @@ def _percentages(spent: Spent) -> str:
     return told
 
 
-def _throughput(value: Any) -> str:
-    """What a profiler said of speed: by name, shares such as MFU in percent."""
-    if not isinstance(value, Mapping):
-        return pairs({"throughput": value})
-    return pairs({_named(name): _number(name, each) for name, each in value.items() if isinstance(each, (int, float))})
-
-
-def _named(name: str) -> str:
-    return "model FLOPs utilisation (MFU)" if name == "mfu" else name.replace("_", " ")
-
-
-def _number(name: str, value: float) -> str:
-    return f"{value:.1%}" if name == "mfu" and value <= 1 else f"{value:,.4g}"
+def _speed(run: SavedRun) -> str:
+    """Medians of what was logged of speed, such as how much of the devices' peak was used."""
+    logged = [line for line in run.metrics() if line.get("kind") == "step"]
+    found = {}
+    for name, (title, form) in _SPEED.items():
+        values = [float(line[name]) for line in logged if isinstance(line.get(name), (int, float))]
+        if values:
+            found[title] = form.format(float(np.median(values)))
+    return "<h3>Speed</h3>" + pairs(found) if found else ""
 
 
 def _said(part: str) -> str:

@@ -15,6 +15,7 @@ from dltrain.debugger.report.timing import timing
 from dltrain.debugger.report.verdict import cards, verdict_html
 from dltrain.debugger.run import SavedRun, open_run
 from dltrain.debugger.severity import by_gravity, grouped
+from dltrain.debugger.smdebug.run import ImportedRun
 from dltrain.errors import UserError
 
 
@@ -24,6 +25,8 @@ def write_report(url: str, output: str = "") -> str:
     Raises :class:`UserError` where there are no statistics, or it cannot be written.
     """
     run = open_run(url)
+    if isinstance(run, ImportedRun):
+        raise UserError(f"{url} is a SageMaker Debugger trial, of which there is no report; use dltrain debug show")
     target = output or storage.join(url, "debugger/report.html")
     try:
         storage.write(target, report(run).encode())

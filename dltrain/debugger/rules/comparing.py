@@ -20,6 +20,7 @@ from dltrain.errors import UserError
 
 if TYPE_CHECKING:
     from dltrain.debugger.run import SavedRun
+    from dltrain.debugger.smdebug.run import ImportedRun
 
 
 @dataclass
@@ -124,7 +125,7 @@ class SimilarAcrossRuns(TensorRule):
         return {url: _rows(open_run(url)) for url in self.other_trials}
 
 
-def _rows(run: SavedRun) -> dict[int, dict[str, Array]]:
+def _rows(run: SavedRun | ImportedRun) -> dict[int, dict[str, Array]]:
     found: dict[int, dict[str, Array]] = {}
     for seen in run.history():
         if seen.tensors is not None:

@@ -143,43 +143,47 @@ class NLPSequenceRatio(TensorRule):
 @dataclass
 class LabelNoise(Rule):
     """At least ``least`` percent of the samples are predicted no better than by an untrained model, in ``patience``
-    evaluations' time in a row, while the mean loss has fallen to ``learnt`` of what it was at first.
+    evaluations' time in a row, while the median loss has fallen to ``learnt`` of what it was at first.
 
-    A sample's loss is that of the last time it was trained on; the untrained model's is the mean of the first steps.
+    A sample's loss is that of the last time it was trained on; the untrained model's is that of the first step.
     """
 
     why: ClassVar = "What a model that has learnt the rest cannot learn is often mislabelled."
     advice: ClassVar = "Look at these samples (by key) and their labels; the worst come first."
     patience: int = 2
-    least: float = 1.0
-    learnt: float = 0.5
-    first_steps: int = 5
+    least: float = 2.0
+    learnt: float = 0.2
     most: int = 200
     """Keys that a finding names."""
-    _first: list[float] = field(default_factory=list, repr=False)
+    _start: float | None = field(default=None, repr=False)
     _bad: deque[set[str]] = field(default_factory=deque, repr=False)
     _losses: dict[str, float] = field(default_factory=dict, repr=False)
+    _told: int = field(default=0, repr=False)
 
     def needs(self) -> Needs:
         return Needs(losses=True)
 
     def update(self, seen: Seen) -> Iterable[Finding] | None:
-        if not seen.scores and len(self._first) < self.first_steps:
-            self._first.append(seen.loss)
+        if self._start is None and not seen.scores:
+            self._start = seen.loss
         losses: dict[str, float] = seen.observed.get("losses") or {}
-        if not losses or not self._first:
+        if not losses or self._start is None:
             return None
         self._losses |= losses
         values = np.array(list(self._losses.values()))
-        start = float(np.mean(self._first))
+        start = self._start
         self._bad.append({key for key, loss in self._losses.items() if loss >= start})
         if len(self._bad) > self.patience:
             self._bad.popleft()
         bad = set.intersection(*self._bad)
         learnt = float(np.median(values)) <= self.learnt * start
-        if len(self._bad) == self.patience and learnt and 100 * len(bad) >= self.least * len(values):
-            return [self._of(seen.step, bad, start, values)]
-        return ()
+        if len(self._bad) < self.patience or not learnt or 100 * len(bad) < self.least * len(values):
+            self._told = 0
+            return ()
+        if 2 * len(bad) <= 3 * self._told:
+            return None  # more of the same
+        self._told = len(bad)
+        return [self._of(seen.step, bad, start, values)]
 
     def _of(self, step: int, bad: set[str], start: float, values: Array) -> Finding:
         worst = sorted(bad, key=lambda key: (-self._losses[key], key))

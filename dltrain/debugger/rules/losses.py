@@ -65,13 +65,15 @@ class LossNotDecreasing(Rule):
 
 @dataclass
 class LossSpike(Rule):
-    """A loss lies more than ``deviations`` standard deviations above the mean of the last ``window`` steps, and is half
-    as large again as that mean."""
+    """A loss lies more than ``deviations`` standard deviations above the mean of the last ``window`` steps, by at least
+    half of that mean and ``least`` of the first loss."""
 
     why: ClassVar = "A spike comes from a few samples or from steps that are too large, and may not heal."
     advice: ClassVar = "Look at the samples of this step, clip with optim.max_norm, or lower optim.learning_rate."
     deviations: float = 6.0
     window: int = 50
+    least: float = 0.05
+    _first: float | None = field(default=None, repr=False)
     _losses: deque[float] = field(default_factory=deque, repr=False)
     _sum: float = field(default=0.0, repr=False)
 
@@ -79,9 +81,12 @@ class LossSpike(Rule):
         if seen.scores or not math.isfinite(seen.loss):
             return ()
         losses, loss = self._losses, seen.loss
+        if self._first is None:
+            self._first = abs(loss)
         if len(losses) == self.window:
             mean = self._sum / self.window
-            if loss > 1.5 * mean and loss > mean + self.deviations * pstdev(losses):  # which takes its time
+            limit = mean + max(mean / 2, self.least * self._first)
+            if loss > limit and loss > mean + self.deviations * pstdev(losses):  # which takes its time
                 what = f"the loss is {loss:.4g}, after {mean:.4g} in the mean of {self.window} steps"
                 # the spike is no measure for what follows
                 return [self.finding(seen.step, what, loss=loss, mean=mean)]
@@ -93,26 +98,31 @@ class LossSpike(Rule):
 
 @dataclass
 class Overfit(Rule):
-    """The held-out loss is above the training loss by more than ``ratio_threshold`` of it, at ``patience`` evaluations
-    in a row; the training loss is the mean since the evaluation before."""
+    """The held-out loss is above the training loss by more than ``ratio_threshold`` of it, and ``least`` of the first
+    loss, at ``patience`` evaluations in a row; the training loss is the mean since the evaluation before."""
 
     why: ClassVar = "The model learns the training samples by heart."
     advice: ClassVar = "Try more data, augmentation, weight decay or dropout, a smaller model, or end the run earlier."
     start_step: int = 0
     patience: int = 1
     ratio_threshold: float = 0.1
+    least: float = 0.0
+    _first: float | None = field(default=None, repr=False)
     _losses: _Mean = field(default_factory=_Mean, repr=False)
     _times: int = field(default=0, repr=False)
 
     def update(self, seen: Seen) -> Iterable[Finding] | None:
         if not seen.scores:
             self._losses.add(seen.loss)
+            if self._first is None:
+                self._first = abs(seen.loss)
             return None
-        if "loss" not in seen.scores or not self._losses.count or seen.step < self.start_step:
+        if "loss" not in seen.scores or self._first is None or not self._losses.count or seen.step < self.start_step:
             return ()
         train, held_out = self._losses.take(), seen.scores["loss"]
         ratio = (held_out - train) / train if train else 0.0
-        self._times = self._times + 1 if ratio > self.ratio_threshold else 0
+        wrong = ratio > self.ratio_threshold and held_out - train >= self.least * self._first
+        self._times = self._times + 1 if wrong else 0
         if self._times >= self.patience:
             what = f"the held-out loss is {held_out:.4g}, and the training loss {train:.4g}"
             return [self.finding(seen.step, what, ratio=ratio)]

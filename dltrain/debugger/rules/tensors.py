@@ -26,6 +26,21 @@ def update_ratios(tensors: Tensors, epsilon: float) -> tuple[list[str], Array]:
     return list(both), ratios
 
 
+class _Peak:
+    """Whether a learning rate has decayed so far that nothing is meant to move."""
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+
+    def rests(self, rate: float) -> bool:
+        self._peak = max(self._peak, rate)
+        return rate < RESTS * self._peak or not rate
+
+
+RESTS = 0.05
+"""Share of the largest learning rate below which small steps are what the schedule wants."""
+
+
 @dataclass
 class VanishingGradient(TensorRule):
     """The mean of a gradient's absolute values is below ``threshold``.
@@ -78,17 +93,48 @@ class WeightUpdateRatio(TensorRule):
     large_threshold: float = 10.0
     small_threshold: float = 1e-8
     epsilon: float = 1e-9
+    _peak: _Peak = field(default_factory=_Peak, repr=False)
 
     def look(self, seen: Seen, tensors: Tensors) -> Iterable[Finding]:
-        if not seen.learning_rate:
-            return
+        rests = self._peak.rests(seen.learning_rate)
         names, ratios = update_ratios(tensors, self.epsilon)
-        for wrong, word in ((ratios > self.large_threshold, "large"), (ratios < self.small_threshold, "small")):
+        small = (ratios < self.small_threshold) & (not rests)
+        for wrong, word in ((ratios > self.large_threshold, "large"), (small, "small")):
             found = [*compress(names, wrong)]
             if found:
                 extreme = float(ratios[wrong].max() if word == "large" else ratios[wrong].min())
                 what = f"updates of {shown(found)} are {word} beside the weights (ratio {extreme:.3g})"
                 yield self.finding(seen.step, what, found, ratio=extreme)
+
+
+@dataclass
+class UnevenUpdates(TensorRule):
+    """At ``patience`` due steps in a row the mean size of a weight's update is ``factor`` times the median of all
+    weights', and at least ``least`` of the weight's own. Biases are left out: they begin at 0."""
+
+    why: ClassVar = "A layer whose steps are far larger than the others' forgets at each what it has learnt before."
+    advice: ClassVar = "Look at the learning rate of this layer (groups, hooks on gradients) and at its initial size."
+    factor: float = 100.0
+    least: float = 0.01
+    patience: int = 2
+    epsilon: float = 1e-9
+    _times: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def look(self, seen: Seen, tensors: Tensors) -> Iterable[Finding]:
+        ratios = dict(zip(*update_ratios(tensors, self.epsilon), strict=True))
+        updates = zip(*tensors.reduced("updates", "abs_mean"), strict=True)
+        sizes = {name.removeprefix("update/"): size for name, size in updates if not name.endswith("bias")}
+        sizes = {name: size for name, size in sizes.items() if name in ratios}
+        if len(sizes) < 3:
+            return
+        median = float(np.median(list(sizes.values())))
+        wrong = [n for n, size in sizes.items() if size > self.factor * median and ratios[n] > self.least]
+        self._times = {name: self._times.get(name, 0) + 1 for name in wrong}
+        found = [name for name, times in self._times.items() if times >= self.patience]
+        if found:
+            largest = max(float(sizes[name]) for name in found)
+            what = f"updates of {shown(found)} are {largest:.3g} in the mean, and the median weight's {median:.3g}"
+            yield self.finding(seen.step, what, found, update=largest, median=median)
 
 
 @dataclass
@@ -141,9 +187,11 @@ class UnchangedTensor(TensorRule):
     rtol: float = 1e-5
     atol: float = 1e-8
     _rows: deque[Array] = field(default_factory=deque, repr=False)
+    _peak: _Peak = field(default_factory=_Peak, repr=False)
 
     def look(self, seen: Seen, tensors: Tensors) -> Iterable[Finding]:
-        if not seen.learning_rate:
+        if self._peak.rests(seen.learning_rate):
+            self._rows.clear()
             return
         names, places = tensors.index.of("weights")
         trained = {name.removeprefix("update/") for name in tensors.index.of("updates")[0]}

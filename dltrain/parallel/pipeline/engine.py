@@ -19,6 +19,7 @@ from dltrain.parallel.pipeline.channels import Shape, Wires
 from dltrain.parallel.pipeline.executor import Executor, Inputs
 from dltrain.parallel.pipeline.parts import Parts
 from dltrain.parallel.pipeline.schedule import Schedule, build, forward_only, micro_batches
+from dltrain.parallel.pipeline.simulation import simulate
 from dltrain.parallel.settling import patiently, without_trace
 from dltrain.parallel.update import Updating
 from dltrain.task import Loss, Task
@@ -65,8 +66,11 @@ class PipelineEngine(Updating):
 
         # FSDP2 averages over data ranks; the sum is wanted, for `count` is the global one
         seed = self._seed(count)
+        schedule = self._schedule(len(pieces))
+        if self.bubble is None:
+            self.bubble = simulate(schedule).bubble
         with self._autocast():
-            self._executor.train(self._schedule(len(pieces)), shapes, inputs, finish, seed)
+            self._executor.train(schedule, shapes, inputs, finish, seed)
         self._complete_gradients()
         total = torch.zeros((), device=self.device)
         for loss in losses:
