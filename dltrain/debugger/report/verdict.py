@@ -45,7 +45,9 @@ def _before(earliest: Finding) -> str:
 def verdict_html(groups: Sequence[Group], watched: Sequence[str], ended: str) -> str:
     """The same with how the run ended."""
     level = by_gravity(groups)[0].level if groups else ""
-    text = f"<b>{html.escape(verdict(groups, watched))}</b>"
+    told = verdict(groups, watched)
+    strong, colon, names = (told, "", "") if groups else told.partition(": ")
+    text = f"<b>{html.escape(strong)}</b>{html.escape(colon + names)}"
     return f'<p class="verdict {level}">{text}<br>{html.escape(ended)}</p>'
 
 
