@@ -17,6 +17,7 @@ _HOMES = {
     "Batch": "dltrain.task",
     "Config": "dltrain.config",
     "Dataset": "dltrain.data.reader",
+    "Finding": "dltrain.debugger.findings",
     "Hook": "dltrain.hooks.base",
     "Cache": "dltrain.data.dataset",
     "Length": "dltrain.config",
@@ -26,8 +27,10 @@ _HOMES = {
     "Order": "dltrain.data.order",
     "Plan": "dltrain.parallel.plan",
     "Request": "dltrain.hooks.base",
+    "Rule": "dltrain.debugger.rules.base",
     "Sample": "dltrain.task",
     "Section": "dltrain.config",
+    "Seen": "dltrain.debugger.seen",
     "Source": "dltrain.data.mixture",
     "ShardWriter": "dltrain.data.writer",
     "Task": "dltrain.task",
@@ -60,7 +63,10 @@ if TYPE_CHECKING:
     from dltrain.data.order import Order
     from dltrain.data.reader import Dataset
     from dltrain.data.writer import ShardWriter
+    from dltrain.debugger.findings import Finding
+    from dltrain.debugger.rules.base import Rule
     from dltrain.debugger.run import open_run
+    from dltrain.debugger.seen import Seen
     from dltrain.errors import UserError
     from dltrain.hooks.base import Hook, Request
     from dltrain.job import main

@@ -72,10 +72,11 @@ class _Site:
     outputs: dict[int, str] = field(default_factory=dict)
     units: str = ""
     channels: str = ""
+    images: str = ""
     tokens: dict[int, str] = field(default_factory=dict)
 
     def names(self) -> list[str]:
-        single = [name for name in (self.units, self.channels) if name]
+        single = [name for name in (self.units, self.channels, self.images) if name]
         return [*self.inputs.values(), *self.outputs.values(), *single, *self.tokens.values()]
 
 
@@ -83,6 +84,7 @@ class Activations:
     """Of a model's modules, by name: moments of what goes in and comes out, counts of units, and raw values."""
 
     def __init__(self, selection: Selection | None = None) -> None:
+        self._asked = NOTHING
         self.on = False
         """The one thing that compiled code asks, so that there are two variants of it, however many tensors are due."""
         self.due: frozenset[str] = NOTHING
@@ -96,11 +98,14 @@ class Activations:
         self._rows: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._kept: dict[str, list[Tensor]] = {}
+        self._since: dict[str, Tensor] = {}
+        """Counts of channels and images since the run began."""
         self.shares = Shares()
 
     def begin(self, due: frozenset[str], mode: Literal["train", "eval"]) -> None:
         """Note these tensors until :meth:`end`."""
         self.on, self.due, self.mode = bool(due), due, mode
+        self._asked = due
 
     def end(self) -> None:
         self.on, self.due = False, NOTHING
@@ -124,6 +129,9 @@ class Activations:
         samples, those of shares of all their samples; collective."""
         rows, self._rows = self._rows, {}
         yield from rows.items()
+        for name, counts in self._since.items():
+            if name in self._asked:
+                self.shares.add(name, counts)
         yield from ((name, row_of(values)) for name, values in self.shares.taken(mesh.data_group()))
 
     def counts(self) -> dict[str, Tensor]:
@@ -150,7 +158,7 @@ class Activations:
             if self._needs.activation_inputs:
                 site.inputs[0] = f"{name}_input_0"
         if first and self._needs.first_input:
-            site.channels = f"channels/{name}_input_0"
+            site.channels, site.images = f"channels/{name}_input_0", f"images/{name}_input_0"
         if isinstance(module, nn.Embedding):
             site.tokens = {token: f"tokens/{token}/{name}_input_0" for token in self._needs.tokens}
         return site
@@ -177,7 +185,10 @@ class Activations:
                 active = _ACTIVE[type(module)][1](_local(given[0])[:SAMPLES], value[:SAMPLES])
                 self.shares.add(site.units, _counted(active))
         if site.channels in self.due:
-            self.shares.add(site.channels, _counted(_local(given[0])))
+            local = _local(given[0])
+            counts = {site.channels: _counted(local), site.images: torch.tensor([[float(len(local))], [0.0]]).double()}
+            for name, more in counts.items():
+                self._since[name] = self._since.get(name, 0) + more.to(local.device)
         for token, name in site.tokens.items():
             if name in self.due:
                 self._keep(name, (_local(given[0]) == token).float())

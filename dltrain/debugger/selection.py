@@ -21,7 +21,7 @@ from dltrain.runtime.step_clock import NEVER
 STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """Tensors of optimizers by their names."""
 
-OF_MODULES = ("activations", "active", "unsaturated", "inputs", "channels", "tokens", "labels")
+OF_MODULES = ("activations", "active", "unsaturated", "inputs", "channels", "images", "tokens", "labels")
 """Kinds of tensors that are noted while the model runs."""
 
 NOTHING: frozenset[str] = frozenset()
@@ -100,7 +100,7 @@ class Selection:
         """What rules alone want of modules, and kinds whose histograms they want."""
         kinds = set(self.needs.histograms)
         kinds |= {"inputs"} if self.needs.activation_inputs else set()
-        kinds |= {"channels"} if self.needs.first_input else set()
+        kinds |= {"channels", "images"} if self.needs.first_input else set()
         kinds |= {"tokens"} if self.needs.tokens else set()
         kinds |= {"labels"} if self.needs.labels else set()
         policy = Policy.of(self._settings)

@@ -30,6 +30,7 @@ def test_a_healthy_training_is_left_in_peace(cli: Cli) -> None:
 def test_a_layer_with_another_learning_rate_is_named(cli: Cli) -> None:
     told, _ = shown(cli, "learning_rate", "--run.length", "40st")
     assert "UnevenUpdates at step 5: updates of second.0.weight are" in told
+    assert "GreatLoss at step 2: the loss is" in told  # which the recipe brings
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ def healthy(step: int) -> dict[str, torch.Tensor]:
     found = {"active/relu": torch.full((20,), 0.5), "unsaturated/tanh": torch.ones(20)}
     found |= {f"{name}_input_0": torch.randn(8, 20, generator=generator) for name in ("relu", "tanh")}
     found |= {"channels/conv_input_0": torch.tensor([0.01, -0.02, 0.0]), "labels/cls": torch.tensor([400.0, 300.0])}
+    found |= {"images/conv_input_0": torch.tensor([600.0])}
     found |= {"tokens/0/embed_input_0": torch.tensor([0.0, 1.0, 0.0, 0.0])}
     for layer in ("one.weight", "two.weight", "three.weight"):
         weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) * (0.1 + 0.001 * step)

@@ -8,12 +8,13 @@ tenth of the samples has the label of another class; ``slow``: rank 1 takes 80 m
 import os
 import time
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dltrain import Batch, Config, Hook, Task, main, preset
+from dltrain import Batch, Config, Hook, Rule, Task, main, preset
 from dltrain.config import Checkpoint, Data, Evaluation, Length, Logging, Optim, Run
 from dltrain.metrics.classification import Classification
 
@@ -62,6 +63,17 @@ class Drift(Hook):
                 next(iter(trainer.engine.named_parameters()))[1][0] += 0.01
 
 
+@dataclass
+class GreatLoss(Rule):
+    """A rule of the recipe's own."""
+
+    threshold: float = 10.0
+
+    def update(self, seen):
+        if seen.loss > self.threshold:
+            yield self.finding(seen.step, f"the loss is {seen.loss:.3g}", loss=seen.loss)
+
+
 class Block(nn.Sequential):
     def __init__(self, given: int, channels: int) -> None:
         super().__init__(nn.Conv2d(given, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
@@ -101,6 +113,9 @@ class Faulty(Task):
 
     def metrics(self) -> Classification:
         return Classification(self.facts.get("classes") or [str(digit) for digit in range(10)])
+
+    def rules(self):
+        return [GreatLoss()] if FAULT == "learning_rate" else []
 
     def hooks(self):
         planted = {"drift": Drift, "learning_rate": Leap}

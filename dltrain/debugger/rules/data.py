@@ -98,8 +98,8 @@ class Confusion(Rule):
 
 @dataclass
 class CheckInputImages(TensorRule):
-    """The mean of a channel of what the first layer is given, over at least ``threshold_samples`` values, is further
-    from 0 than ``threshold_mean``."""
+    """The mean of a channel of what the first layer was given on due steps so far, once these are at least
+    ``threshold_samples`` images, is further from 0 than ``threshold_mean``."""
 
     why: ClassVar = "Inputs that are not centred make the first layer's gradients point one way."
     advice: ClassVar = "Subtract the mean and divide by the deviation of the training data, channel by channel."
@@ -111,7 +111,8 @@ class CheckInputImages(TensorRule):
 
     def look(self, seen: Seen, tensors: Tensors) -> Iterator[Finding]:
         names, means = tensors.reduced("channels", "abs_max")
-        found = [*compress(names, means > self.threshold_mean)]
+        images = tensors.reduced("images", "sum")[1]
+        found = [*compress(names, (means > self.threshold_mean) & (images >= self.threshold_samples))]
         if found:
             what = f"a channel of {shown(name.partition('/')[2] for name in found)} has mean {float(means.max()):.3g}"
             yield self.finding(seen.step, what, found, mean=float(means.max()))

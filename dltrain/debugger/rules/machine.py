@@ -17,8 +17,6 @@ from dltrain.debugger.reductions import Array
 from dltrain.debugger.rules.base import Rule
 from dltrain.debugger.seen import Seen
 
-Flags = np.ndarray[Any, np.dtype[np.bool_]]
-
 _LEVELS = np.linspace(0, 100, 11)
 """Of utilisation, for histograms of it."""
 
@@ -84,12 +82,19 @@ class _Bottleneck(_Samples):
     threshold: float = 50.0
     gpu_threshold: float = 10.0
 
-    def share(self, busy: Flags) -> float:
-        """Percent of the samples in which GPUs idle while that is busy; 0 without GPUs."""
+    def busy(self, sample: dict[str, Any]) -> str:
+        """What else is busy in a sample, for a sentence; empty where nothing is."""
+        raise NotImplementedError(f"{type(self).__name__} must say in busy() what GPUs wait for")
+
+    def look(self, step: int) -> Iterator[Finding]:
         used = self.gpus("used", every=True)
         if not used.size:
-            return 0.0
-        return float(100 * np.mean((used.mean(1) < self.gpu_threshold) & busy))
+            return
+        beside = [self.busy(sample) for sample in self._kept]
+        idle = [what for what, gpus in zip(beside, used.mean(1), strict=True) if what and gpus < self.gpu_threshold]
+        share = 100 * len(idle) / len(beside)
+        if share > self.threshold:
+            yield self.finding(step, f"GPUs idle {idle[-1]} in {share:.0f} % of the time", share=share)
 
 
 @dataclass
@@ -101,10 +106,8 @@ class CPUBottleneck(_Bottleneck):
     advice: ClassVar = "Raise data.workers, decode on the GPU, or take an instance with more cores."
     cpu_threshold: float = 90.0
 
-    def look(self, step: int) -> Iterator[Finding]:
-        share = self.share(np.array([sample["core"] for sample in self._kept]) > self.cpu_threshold)
-        if share > self.threshold:
-            yield self.finding(step, f"GPUs idle beside a busy CPU in {share:.0f} % of the time", share=share)
+    def busy(self, sample: dict[str, Any]) -> str:
+        return "beside a busy CPU" if sample["core"] > self.cpu_threshold else ""
 
 
 @dataclass
@@ -116,10 +119,8 @@ class IOBottleneck(_Bottleneck):
     advice: ClassVar = "Raise storage.cache or data.workers, or put the data nearer, into larger shards."
     io_threshold: float = 50.0
 
-    def look(self, step: int) -> Iterator[Finding]:
-        share = self.share(np.array([sample["io_wait"] for sample in self._kept]) > self.io_threshold)
-        if share > self.threshold:
-            yield self.finding(step, f"GPUs idle while disks are read in {share:.0f} % of the time", share=share)
+    def busy(self, sample: dict[str, Any]) -> str:
+        return "while disks are read" if sample["io_wait"] > self.io_threshold else ""
 
 
 @dataclass

@@ -90,6 +90,10 @@ class _Timed(Rule):
         raise NotImplementedError(f"{type(self).__name__} must say in look() what is wrong")
 
 
+_BETWEEN = ("evaluation", "checkpoint")
+"""Parts that come between steps."""
+
+
 @dataclass
 class DataWait(_Timed):
     """More than ``threshold`` percent of a step, and ``least`` seconds, go by waiting for a batch, on the rank that
@@ -102,7 +106,8 @@ class DataWait(_Timed):
 
     def look(self, step: int, seconds: dict[str, Array], timeline: dict[str, Any]) -> Finding | None:
         waited = float(seconds["data_wait"].min())
-        percent = 100 * waited / max(float(sum(seconds.values()).mean()), 1e-9)  # type: ignore[union-attr]
+        whole = sum(float(values.mean()) for part, values in seconds.items() if part not in _BETWEEN)
+        percent = 100 * waited / max(whole, 1e-9)
         if waited < self.least or percent <= self.threshold:
             return None
         what = f"steps wait for data in {percent:.0f} % of their time ({waited:.3g} s)"
