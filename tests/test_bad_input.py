@@ -125,6 +125,7 @@ def test_a_label_out_of_range_names_its_sample(cli: Cli, tmp_path: Path) -> None
     assert_one_sentence(cli(*words), "#0003 has label 12", "labels 0 to 9")
 
 
+@pytest.mark.slow
 def test_images_that_are_not_what_the_recipe_says_are_told(cli: Cli) -> None:
     words = ("train", "image/classify", "--preset", "digits", "--run.length", "1ep")
     assert_one_sentence(cli(*words, "--model.size", "12"), "has an image of 8x8 pixels, and model.size is 12")

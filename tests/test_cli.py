@@ -59,6 +59,7 @@ def test_every_public_name_can_be_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_recipes_are_listed_shown_and_copied_to_run_unchanged(cli: Cli, tmp_path: Path) -> None:
     assert "image/classify: Image classification" in cli("recipe", "ls").out
     source = (ROOT / "recipes/image/classify.py").read_text()
@@ -71,6 +72,7 @@ def test_recipes_are_listed_shown_and_copied_to_run_unchanged(cli: Cli, tmp_path
     assert cli("recipe", "cp", "image/classify", "mine.py").status == 2
 
 
+@pytest.mark.slow
 def test_torchrun_of_the_recipe_is_the_same_job(cli: Cli, tmp_path: Path) -> None:
     settings = ["--preset", "digits", "--run.length", "2ep", "--logging.every", "1st", "--evaluation.report", "false"]
     settings += ["--run.name"]

@@ -71,6 +71,7 @@ def test_killed_at_three_steps_and_resumed_on_three_ranks_ends_with_the_same_bit
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_two_then_one_then_three_ranks_see_exactly_the_remaining_samples(cli: Cli, tmp_path: Path) -> None:
     for name in ("whole", "elastic"):
         (tmp_path / name).mkdir()

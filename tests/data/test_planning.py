@@ -252,7 +252,8 @@ def test_two_nodes_download_what_was_planned(url: str, tmp_path: Path) -> None:
             assert len(batch) == 5
         loader._fetch.dataset.reader.files.rest()
     seen = counters.snapshot() - before
-    assert (seen.requests, seen.bytes) == (plan.get_requests, plan.downloaded_bytes)
+    # an answer that is late on a busy machine is asked for again
+    assert (seen.requests - seen.retries, seen.bytes) == (plan.get_requests, plan.downloaded_bytes)
 
 
 def wait_for_windows(files: CachedFiles, position: int) -> None:

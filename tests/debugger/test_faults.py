@@ -23,6 +23,7 @@ def shown(cli: Cli, fault: str, *words: str) -> tuple[str, str]:
     return told.out, done.result["run"]
 
 
+@pytest.mark.slow
 def test_a_healthy_training_is_left_in_peace(cli: Cli) -> None:
     assert "0 finding(s)" in shown(cli, "")[0]
 

@@ -40,6 +40,7 @@ def test_a_run_goes_on_under_another_layout(cli: Cli) -> None:
     assert scored.result["mase"] == pytest.approx(best.result["mase"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_the_layout_is_refused_before_the_first_step(cli: Cli) -> None:
     words = ("train", "image/classify", "--preset", "digits", "--nproc", "2")
     for layout, sentence in (

@@ -112,6 +112,7 @@ def growth(rank: int, ranks: int, overrides: dict[str, Any]) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (LAYERS * WIDTH**2 * 4)
 
 
+@pytest.mark.slow
 def test_no_rank_ever_takes_more_than_its_share_and_some_layers() -> None:
     sharded = layout(2, dp_shard=2).overrides
     # half the model and two layers in copies (0.06) is 0.56, and 0.60 was measured

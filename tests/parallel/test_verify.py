@@ -86,6 +86,7 @@ def test_nothing_is_left_to_chance() -> None:
     assert torch.equal(model["norm"].running_mean, torch.zeros(8))
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(cli: Cli) -> None:
     for words, sentence in (
         (("image/classify", "--steps", "0"), "--steps is 0; give 1 or more"),

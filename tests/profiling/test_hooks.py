@@ -67,6 +67,7 @@ def test_a_peak_is_the_users_or_unknown() -> None:
     assert peak_of(torch.device("cpu"), Config(profiler=Profiler(peak_tflops=2.0))) == 2e12
 
 
+@pytest.mark.slow
 def test_snapshots_without_cuda_are_told(cli: Cli) -> None:
     done = cli(*SMALL, "--profiler.memory", "3", "--run.length", "4st")
     assert done.status == 0, done.err

@@ -42,6 +42,7 @@ def test_channels_that_are_folders_stand_for_the_urls(cli: Cli, base: Path) -> N
     assert done.result["samples"] == 360
 
 
+@pytest.mark.slow
 def test_a_pipe_is_read_as_it_comes_told_in_one_line_and_not_resumed(cli: Cli, base: Path) -> None:
     variables = describe(base, train="Pipe")
     fifo = base / "input" / "data" / "train_0"

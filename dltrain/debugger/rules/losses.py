@@ -121,7 +121,8 @@ class Overfit(Rule):
             return ()
         train, held_out = self._losses.take(), seen.scores["loss"]
         ratio = (held_out - train) / train if train else 0.0
-        wrong = ratio > self.ratio_threshold and held_out - train >= self.least * self._first
+        apart = not self.least or held_out - train >= self.least * self._first
+        wrong = ratio > self.ratio_threshold and apart
         self._times = self._times + 1 if wrong else 0
         if self._times >= self.patience:
             what = f"the held-out loss is {held_out:.4g}, and the training loss {train:.4g}"
