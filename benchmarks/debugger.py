@@ -36,7 +36,7 @@ BATCH, CLASSES = 64, 1000
 
 SIZES = {"images of 224 pixels": 224, "images of 64 pixels": 64}
 
-OFF_STEPS, ROUNDS, INTERVAL = 500, 8, 50
+OFF_STEPS, ROUNDS, INTERVAL = 1500, 5, 50
 EVENTS = ("step_start", "gradients_ready", "step_end", "step_read")
 
 NEVER = Debugger(steps=(1 << 40,))

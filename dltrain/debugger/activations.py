@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -208,7 +209,11 @@ def _counted(values: Tensor) -> Tensor:
     """Float64 [2, units]: sums and numbers of values [n, channels, height, width], or with features last."""
     axis = 1 if values.dim() >= 4 else values.dim() - 1
     others = [each for each in range(values.dim()) if each != axis]
-    found = values.sum(others, dtype=torch.float64)
+    if values.dtype == torch.bool and values.device.type == "cpu" and axis == 1:  # in half the time
+        counts = np.count_nonzero(values.numpy().reshape(*values.shape[:2], -1), axis=2)
+        found = torch.from_numpy(counts.sum(0)).double()
+    else:
+        found = values.sum(others, dtype=torch.float64)
     return torch.stack([found, torch.full_like(found, values.numel() / values.shape[axis])])
 
 

@@ -6,6 +6,7 @@ steps later. On other steps nothing happens but a comparison and what rules do w
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -30,16 +31,19 @@ from dltrain.debugger.recorder import Guard, Recorder
 from dltrain.debugger.reductions import Array
 from dltrain.debugger.rules.base import Rule, Watch
 from dltrain.debugger.rules.catalogue import build
-from dltrain.debugger.seen import NOT_OBSERVED, Seen, Tensors
+from dltrain.debugger.seen import Seen, Tensors
 from dltrain.debugger.system import SystemWatch
 from dltrain.hooks.base import NOTHING, Hook, Request, View
 from dltrain.readings import Reading
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.logs import warn
-from dltrain.runtime.step_clock import CLOCK
+from dltrain.runtime.step_clock import CLOCK, NEVER
 
-AT_ONCE = 16
-"""Steps that rules look at together, where nothing but telling follows what they find, and no statistics are due."""
+AT_ONCE = 128
+"""Most steps that rules look at together, where nothing but telling follows, and no statistics are due."""
+
+LATEST = 2.0
+"""Seconds after which they look in any case."""
 
 
 class Audience(Protocol):
@@ -82,6 +86,7 @@ class Debug(Hook):
         self._max_norm, self._started = config.optim.max_norm, False
         self._busy, self._next = False, 0
         self._unread: list[tuple[float, Reading]] = []
+        self._wake = 1
         self._read_at: deque[int] = deque()
         self._at_once = AT_ONCE if set(words) == {"log"} else 1
 
@@ -117,34 +122,46 @@ class Debug(Hook):
             self._read_at.append(step)
             if self.needs.replicas:
                 self._faults.append((step, trainer.engine.fault()))
+        self._wake = self._next_wake()
         always = self._captured.wanted or self._timelines.waiting
         self._next = 0 if always else min(self._collector.next, self._timed.next(step + 1))
 
     def step_read(self, trainer: View, reading: Reading) -> Request | None:
         # what rules do at every step is done for several at once: by itself it would find the processor's caches cold
-        self._unread.append((time.time(), reading))
-        due = reading.step == self._read_at[0] if self._read_at else False
-        return self._catch_up() if due or len(self._unread) >= self._at_once else None
+        now, unread = time.time(), self._unread
+        unread.append((now, reading))
+        if reading.step >= self._wake or len(unread) >= self._at_once or now - unread[0][0] > LATEST:
+            return self._catch_up()
+        return None
 
     def _catch_up(self) -> Request | None:
-        """Record and judge the steps whose values have come."""
-        asked = NOTHING
+        """Record and judge the steps whose values have come; at the last one alone there may be more."""
         unread, self._unread = self._unread, []
-        for now, reading in unread:
-            step, tensors = reading.step, None
-            if self._read_at and self._read_at[0] == step:
-                self._read_at.popleft()
-                tensors = self._collector.read(step)
-            timeline = self._timelines.read(step)
-            if self._recorder is None:
-                continue
-            clip = min(1.0, self._max_norm / (reading.norm + 1e-6)) if self._max_norm else 1.0
-            values = (now, reading.loss, reading.norm, reading.learning_rate, reading.loss_scale, clip)
-            self._recorder.scalars(step, values)
-            plain = tensors is None and timeline is None and self._started
-            observed = NOT_OBSERVED if plain else self._observed(step, tensors, timeline)
-            asked |= self._judge(Seen(step, *values, tensors, observed=observed))
-        return asked or None
+        if not unread:
+            return None
+        step = unread[-1][1].step
+        due = bool(self._read_at) and self._read_at[0] == step
+        if due:
+            self._read_at.popleft()
+        tensors, timeline = self._collector.read(step) if due else None, self._timelines.read(step)
+        self._wake = self._next_wake()
+        if self._recorder is None:
+            return None
+        most = self._max_norm or math.inf
+        rows = [(r.step, now, r.loss, r.norm, r.learning_rate, r.loss_scale, _clip(r.norm, most)) for now, r in unread]
+        self._recorder.rows(rows)
+        seen = [Seen(*row) for row in rows]
+        if due or timeline is not None or not self._started:
+            observed = self._observed(step, tensors, timeline)
+            found = self._watch.update_plain(seen[:-1])
+            found += self._watch.update(seen[-1]._replace(tensors=tensors, observed=observed))
+        else:
+            found = self._watch.update_plain(seen)
+        return self._act(found) or None if found else None
+
+    def _next_wake(self) -> int:
+        """The first step whose reading brings more than scalars."""
+        return min(self._read_at[0] if self._read_at else NEVER, self._timelines.next)
 
     def evaluation_start(self, trainer: View) -> Request | None:
         if self._settings.evaluation:
@@ -164,7 +181,8 @@ class Debug(Hook):
         if tensors is not None:
             self._recorder.evaluation(trainer.step, tensors)
         scores = {name.removeprefix("evaluation/"): value for name, value in record.items()}
-        return self._judge(Seen(trainer.step, time.time(), scores=scores, observed=observed)) or None
+        seen = Seen(trainer.step, time.time(), scores=scores, observed=observed)
+        return self._act(self._watch.update(seen)) or None
 
     def checkpoint_saved(self, trainer: View, path: Path) -> Request | None:
         asked = self._catch_up()
@@ -207,9 +225,10 @@ class Debug(Hook):
             if counted:
                 each.histograms(step, counted)
 
-    def _judge(self, seen: Seen) -> Request:
+    def _act(self, found: Iterable[Finding]) -> Request:
+        """Tell what was found, and do what is to follow."""
         asked = NOTHING
-        for each in self._watch.update(seen):
+        for each in found:
             self._told(str(each))
             if self._recorder is not None:
                 self._recorder.finding(each)
@@ -220,3 +239,8 @@ class Debug(Hook):
             if "capture" in words:
                 self._guard("captured batches", partial(self._captured.write, each.step))
         return asked
+
+
+def _clip(norm: float, most: float) -> float:
+    """What clipping multiplies gradients of this norm by."""
+    return most / (norm + 1e-6) if norm + 1e-6 > most else 1.0

@@ -36,7 +36,7 @@ CHUNK = 1 << 16
 _ONES = np.ones(CHUNK, np.float32)
 """A product with them is the quickest sum, in as many parts as a core has lanes."""
 
-_MEAN_DOMINATES = 0.1
+_MEAN_DOMINATES = 0.9
 """Share of the squares that is the mean's, from which on they are taken anew around it."""
 
 

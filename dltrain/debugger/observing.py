@@ -29,7 +29,7 @@ from dltrain.debugger.shares import Shares
 from dltrain.parallel.engine import Engine
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.on_the_way import OnTheWay
-from dltrain.runtime.step_clock import CLOCK, PARTS
+from dltrain.runtime.step_clock import CLOCK, NEVER, PARTS
 
 MOST_KEYS = 50_000
 """Samples whose losses are followed; of more there are, every second one is, or every fourth, and so on."""
@@ -118,7 +118,12 @@ class Timelines:
         self._place, self._ranks, self._engine = environment.rank, ranks(), engine
         self._due: deque[int] = deque()
         self._parts: dict[int, dict[str, float]] = {}
-        self._sent: deque[tuple[int, int, OnTheWay]] = deque()
+        self._gathered: deque[tuple[int, int, OnTheWay]] = deque()
+
+    @property
+    def next(self) -> int:
+        """The first step at which something is to be read."""
+        return self._gathered[0][1] if self._gathered else NEVER
 
     @property
     def waiting(self) -> bool:
@@ -139,13 +144,13 @@ class Timelines:
             table = table.to(self._engine.device, non_blocking=True)
             if self._ranks > 1:
                 dist.all_reduce(table)
-            self._sent.append((done, step, OnTheWay([table], self._engine.device)))
+            self._gathered.append((done, step, OnTheWay([table], self._engine.device)))
 
     def read(self, step: int) -> dict[str, Any] | None:
         """What was gathered at this step."""
-        if not self._sent or self._sent[0][1] > step:
+        if not self._gathered or self._gathered[0][1] > step:
             return None
-        done, _, values = self._sent.popleft()
+        done, _, values = self._gathered.popleft()
         table: Array = values.array().reshape(self._ranks, len(PARTS))
         found = {"of": done, "seconds": dict(zip(PARTS, table.T.tolist(), strict=True))}
         return found if self._engine.bubble is None else {**found, "bubble": self._engine.bubble}

@@ -7,7 +7,7 @@ written is told once and left out; training goes on, unless it was asked to be s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -65,6 +65,10 @@ class Recorder:
     def scalars(self, step: int, values: Sequence[float]) -> None:
         """Of every step."""
         self._store.scalars(step, values)
+
+    def rows(self, rows: Iterable[Sequence[float]]) -> None:
+        """Scalars of several steps, each with its number first."""
+        self._guard("statistics", partial(self._store.rows, rows))
 
     def statistics(self, step: int, tensors: Tensors) -> None:
         """Of a due step: moments, and counts in bins."""

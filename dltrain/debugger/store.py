@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from struct import Struct
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
@@ -36,7 +37,11 @@ _ALIGNED = 512
 
 _STEPS = "steps.f64"
 
-_ROW = Struct(f"={1 + len(SCALARS)}d")
+_PENDING = 16
+"""Blocks of scalars that wait in memory, for a call of the system costs more than they do."""
+
+_ROW = 8 * (1 + len(SCALARS))
+"""Bytes of a step's scalars."""
 
 
 class Segment(NamedTuple):
@@ -54,7 +59,7 @@ class Store:
         self._folder = folder
         self._segment: IO[bytes] | None = None
         self._steps: IO[bytes] | None = None
-        self._pending = bytearray()
+        self._pending: list[bytes] = []
 
     def begin(self, step: int, names: Sequence[str]) -> None:
         """Go on after ``step``: what was written of later steps, which will be done again, is dropped."""
@@ -75,7 +80,13 @@ class Store:
 
     def scalars(self, step: int, values: Sequence[float]) -> None:
         """The :data:`SCALARS` of any step, due or not; in memory until :meth:`flush`."""
-        self._pending += _ROW.pack(step, *values)
+        self.rows([(step, *values)])
+
+    def rows(self, rows: Iterable[Sequence[float]]) -> None:
+        """The same of several steps, each with its number first."""
+        self._pending.append(array("d", chain.from_iterable(rows)).tobytes())
+        if len(self._pending) >= _PENDING:
+            self.flush()
 
     def statistics(self, step: int, rows: Array) -> None:
         """Of a due step: one write, and one of the scalars so far."""
@@ -86,7 +97,7 @@ class Store:
     def flush(self) -> None:
         """Scalars so far are in the file."""
         if self._steps is not None:
-            self._steps.write(self._pending)
+            self._steps.write(b"".join(self._pending))
             self._pending.clear()
 
     def close(self) -> None:
@@ -110,7 +121,7 @@ def segments_in(folder: Path) -> list[Path]:
 
 def read_scalars(data: bytes | bytearray) -> Array:
     """Float64 [steps, 6] of what :meth:`Store.scalars` wrote: the step, and :data:`SCALARS`."""
-    return np.frombuffer(data[: len(data) // _ROW.size * _ROW.size], dtype=np.float64).reshape(-1, 1 + len(SCALARS))
+    return np.frombuffer(data[: len(data) // _ROW * _ROW], dtype=np.float64).reshape(-1, 1 + len(SCALARS))
 
 
 def read_segment(data: bytes | bytearray, where: str) -> Segment:
@@ -163,4 +174,4 @@ def _cut(path: Path, step: int) -> bytes:
 def _cut_scalars(path: Path, step: int) -> None:
     if path.is_file():
         rows = int(np.searchsorted(read_scalars(path.read_bytes())[:, 0], step, side="right"))
-        os.truncate(path, rows * _ROW.size)
+        os.truncate(path, rows * _ROW)

@@ -11,7 +11,7 @@ class LossTooLow(Rule):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -72,18 +72,29 @@ class Watch:
         self._of_every_step = [rule for rule in self._rules if "step" in rule.when]
         self._wrong: dict[int, set[str]] = {}
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
+    def update(self, seen: Seen) -> list[Finding]:
         """New findings of this step."""
-        found: list[Finding] = []
-        plain = seen.tensors is None and not seen.observed and not seen.scores
-        for rule in self._of_every_step if plain else self._shown(seen):
+        return self._looked(self._shown(seen), [seen])
+
+    def update_plain(self, several: Sequence[Seen]) -> list[Finding]:
+        """New findings of steps without tensors, scores and observations, in their order."""
+        return self._looked(self._of_every_step, several)
+
+    def _looked(self, rules: Iterable[Rule], several: Sequence[Seen]) -> list[Finding]:
+        """Rule after rule over all steps, which is quicker than step after step; findings in the order of the steps."""
+        found: list[tuple[int, Finding]] = []
+        for rule in list(rules):
+            update, before = rule.update, id(rule) in self._wrong
+            place = 0
             try:
-                wrong = rule.update(seen)
-                if wrong is not None and (wrong != () or self._wrong):  # which is quick to see
-                    found += self._new(rule, list(wrong))
+                for place, seen in enumerate(several):
+                    wrong = update(seen)
+                    if wrong is not None and (before or wrong != ()):  # which is quick to see
+                        found += [(place, each) for each in self._new(rule, list(wrong))]
+                        before = id(rule) in self._wrong
             except Exception as error:  # noqa: BLE001 - a rule may be anyone's
-                self._switch_off(rule, seen.step, error)
-        return found
+                self._switch_off(rule, several[place].step, error)
+        return [each for _, each in sorted(found, key=lambda pair: pair[0])]
 
     def _shown(self, seen: Seen) -> list[Rule]:
         there = {"step", *seen.observed}

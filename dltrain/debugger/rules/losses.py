@@ -85,8 +85,8 @@ class LossSpike(Rule):
             self._first = abs(loss)
         if len(losses) == self.window:
             mean = self._sum / self.window
-            limit = mean + max(mean / 2, self.least * self._first)
-            if loss > limit and loss > mean + self.deviations * pstdev(losses):  # which takes its time
+            far = loss > 1.5 * mean and loss > mean + self.least * self._first
+            if far and loss > mean + self.deviations * pstdev(losses):  # which takes its time
                 what = f"the loss is {loss:.4g}, after {mean:.4g} in the mean of {self.window} steps"
                 # the spike is no measure for what follows
                 return [self.finding(seen.step, what, loss=loss, mean=mean)]
@@ -194,7 +194,9 @@ class LossScaleCollapse(Rule):
 
     def update(self, seen: Seen) -> Iterable[Finding] | None:
         scale = seen.loss_scale
+        if not scale:
+            return ()
         self._largest = max(self._largest, scale)
-        if scale and scale < max(self.threshold, self._largest / self.fall):
+        if scale < max(self.threshold, self._largest / self.fall):
             return [self.finding(seen.step, f"the loss scale is {scale:g}, and was {self._largest:g}", scale=scale)]
         return ()
