@@ -25,7 +25,7 @@ def test_the_commands_run_from_any_folder(block: str, tmp_path: Path) -> None:
 
 
 def test_every_command_is_either_executed_here_or_a_target_of_the_makefile() -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     others = [
         line
         for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
