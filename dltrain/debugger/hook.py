@@ -120,8 +120,9 @@ class Debug(Hook):
         self._timelines.step_end(step, CLOCK.on)
         if self._collector.step_end(trainer):
             self._read_at.append(step)
-            if self.needs.replicas:
-                self._faults.append((step, trainer.engine.fault()))
+            fault = trainer.engine.fault() if self.needs.replicas else None  # collective
+            if fault is not None and self._recorder is not None:
+                self._faults.append((step, fault))
         self._wake = self._next_wake()
         always = self._captured.wanted or self._timelines.waiting
         self._next = 0 if always else min(self._collector.next, self._timed.next(step + 1))

@@ -89,7 +89,8 @@ def _sum(one: Tensor, other: Tensor) -> Tensor:
 
 def gathered_losses(engine: Engine, environment: Environment) -> dict[str, float]:
     """Losses of samples by key since last time, of all ranks, on rank 0; collective."""
-    mine = engine.sample_losses.taken() if engine.counts else {}
+    mine = engine.sample_losses.taken()  # of all, for they are not to be kept for ever
+    mine = mine if engine.counts else {}
     everyone: list[Any] = [mine]
     if ranks() > 1:
         everyone = [None] * ranks() if environment.is_main else []

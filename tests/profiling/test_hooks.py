@@ -72,3 +72,14 @@ def test_snapshots_without_cuda_are_told(cli: Cli) -> None:
     done = cli(*SMALL, "--profiler.memory", "3", "--run.length", "4st")
     assert done.status == 0, done.err
     assert "warning: profiler.memory: snapshots are of CUDA's memory, and this is cpu" in done.err
+
+
+@pytest.mark.slow
+def test_stages_that_wait_for_each_other_are_timed(cli: Cli, tmp_path: Path) -> None:
+    words = ("image/classify", "--preset", "vit-tiny", "--nproc", "2", "--parallel.pp", "2", "--run.length", "12st")
+    done = cli("train", *words, "--profiler.every", "4st")
+    assert done.status == 0, done.err
+    timelines = [value for _, value in open_run(str(tmp_path / done.result["run"])).observations("timeline")]
+    assert [each["of"] for each in timelines] == [1, 4, 8]
+    # 1F1B with 2 ranks and 4 pieces waits in (2 - 1) / (4 + 2 - 1) of its time
+    assert all(each["bubble"] == pytest.approx(0.2) and max(each["seconds"]["pipeline"]) > 0 for each in timelines)
