@@ -163,7 +163,7 @@ def test_actions_follow_what_a_rule_of_the_users_finds(cli: Cli, tmp_path: Path)
     ("words", "sentence"),
     [
         (("--debugger.actions", "[stpo]"), "there is no action 'stpo'; did you mean 'stop'"),
-        (("--debugger.actions", "[call]"), "action 'call' needs a target, as in call:my_module.tell"),
+        (("--debugger.actions", "[call]"), "action 'call' needs a target, such as call:my_module.tell"),
         (("--debugger.actions", "['call:no.such']"), "names 'no.such', which cannot be imported"),
         (("--debugger.rules", "[tests.recipes.rules.note]"), "which is no @dataclass derived from Rule"),
         (("--debugger.collections", "{a: {include: ['(']}}"), "is no regular expression"),

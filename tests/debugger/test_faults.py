@@ -11,12 +11,13 @@ from tests.conftest import Cli
 from tests.recipes.faulty import mislabelled
 
 FAULTY = str(Path(__file__).parent.parent / "recipes" / "faulty.py")
-TRAIN = ("train", FAULTY, "--preset", "digits", "--debugger.every", "5st", "--debugger.rules", "default,LabelNoise")
+TRAIN = ("train", FAULTY, "--preset", "digits", "--debugger.every", "5st", "--debugger.rules")
+RULES = "default,LabelNoise"
 
 
-def shown(cli: Cli, fault: str, *words: str) -> tuple[str, str]:
+def shown(cli: Cli, fault: str, *words: str, rules: str = RULES) -> tuple[str, str]:
     """What ``debug show`` prints of a run with that fault, and the run's folder."""
-    done = cli(*TRAIN, "--run.name", fault or "healthy", *words, FAULT=fault)
+    done = cli(*TRAIN, rules, "--run.name", fault or "healthy", *words, FAULT=fault)
     assert done.status == 0, done.err
     told = cli("debug", "show", done.result["run"])
     assert told.status == 0, told.err
@@ -50,7 +51,7 @@ def test_mislabelled_samples_are_named_by_key(cli: Cli, tmp_path: Path) -> None:
     right = sum(mislabelled(key) for key in named)
     assert right / len(named) > 0.9
     assert right > 0.8 * 144  # about a tenth of 1437
-    assert cli(*TRAIN, "--run.name", "two", "--nproc", "2", FAULT="labels").status == 0
+    assert cli(*TRAIN, RULES, "--run.name", "two", "--nproc", "2", FAULT="labels").status == 0
     again = open_run(str(tmp_path / "runs/two")).findings()
     assert {key for each in again for key in each.where} >= set(list(named)[:5])
 
@@ -71,5 +72,5 @@ def test_a_starving_loader_is_named(cli: Cli) -> None:
 
 @pytest.mark.slow
 def test_replicas_that_drift_apart_are_named(cli: Cli) -> None:
-    told, _ = shown(cli, "drift", "--nproc", "2", "--run.length", "20st", "--debugger.rules", "ReplicaDivergence")
+    told, _ = shown(cli, "drift", "--nproc", "2", "--run.length", "20st", rules="ReplicaDivergence")
     assert "ReplicaDivergence at step 10: parameter first.0.weight is not the same on ranks" in told

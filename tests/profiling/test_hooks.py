@@ -77,7 +77,7 @@ def test_snapshots_without_cuda_are_told(cli: Cli) -> None:
 @pytest.mark.slow
 def test_stages_that_wait_for_each_other_are_timed(cli: Cli, tmp_path: Path) -> None:
     words = ("image/classify", "--preset", "vit-tiny", "--nproc", "2", "--parallel.pp", "2", "--run.length", "12st")
-    done = cli("train", *words, "--profiler.every", "4st")
+    done = cli("train", *words, "--schedule.warmup", "2st", "--profiler.every", "4st")
     assert done.status == 0, done.err
     timelines = [value for _, value in open_run(str(tmp_path / done.result["run"])).observations("timeline")]
     assert [each["of"] for each in timelines] == [1, 4, 8]
