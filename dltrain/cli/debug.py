@@ -34,7 +34,8 @@ def run(arguments: Sequence[str]) -> int:
         return show_names(url, known.names)
     if known.tensor:
         return show_tensor(url, known.tensor)
-    return show_run(url, known.rules)
+    rules = None if known.rules is None else [each for word in known.rules for each in word.split(",") if each]
+    return show_run(url, rules)
 
 
 _RUN = "a run's folder or URL, or its name in runs/; it may still be going on"

@@ -8,7 +8,9 @@ failure is told, once for each target.
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -97,6 +99,8 @@ def _target(word: str) -> Callable[[Finding], Any]:
 def named(path: str, whose: str) -> Any:
     """What ``module.name`` stands for. Raises :class:`UserError` where there is no such thing."""
     module, _, last = path.rpartition(".")
+    if os.getcwd() not in sys.path and "" not in sys.path:  # a console script does not see the folder it is called in
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), last)
     except (ImportError, AttributeError, ValueError) as error:

@@ -118,6 +118,8 @@ class Activations:
             site = self._site(name, module, name == first)
             if site.names():
                 self._sites[name] = site
+                if site.inputs or site.channels or site.tokens:  # before a module that works in place overwrites them
+                    module.register_forward_pre_hook(partial(self._note_inputs, site))
                 module.register_forward_hook(partial(self._note, site))
 
     def names(self) -> list[str]:
@@ -164,6 +166,15 @@ class Activations:
             site.tokens = {token: f"tokens/{token}/{name}_input_0" for token in self._needs.tokens}
         return site
 
+    def forget_first_input(self) -> None:
+        """Of a stage that is not the pipeline's first, whose first layer is given what another has made."""
+        for site in self._sites.values():
+            site.channels = site.images = ""
+
+    def _note_inputs(self, site: _Site, module: nn.Module, given: tuple[Any, ...]) -> None:
+        if self.on:
+            self._take_inputs(site, module, given)
+
     def _note(self, site: _Site, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
         if self.on:
             self._take(site, module, given, returned)
@@ -171,20 +182,21 @@ class Activations:
     @torch.compiler.disable
     @torch.no_grad()
     def _take(self, site: _Site, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
-        if module.training != (self.mode == "train"):
+        if not self._watches(module):
             return
-        if torch._C._current_graph_task_id() != -1:  # inside a backward pass, which repeats what was noted
-            return
-        for leaves, values in ((site.inputs, given), (site.outputs, returned)):
-            for leaf, name in leaves.items():
-                found = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
-                if name in self.due and leaf < len(found):
-                    self._keep(name, found[leaf])
+        self._keep_leaves(site.outputs, returned)
         if site.units in self.due:
             value = _local(tree_leaves(returned)[0])
             if value.dim() > 1 and len(value):
                 active = _ACTIVE[type(module)][1](_local(given[0])[:SAMPLES], value[:SAMPLES])
                 self.shares.add(site.units, _counted(active))
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _take_inputs(self, site: _Site, module: nn.Module, given: tuple[Any, ...]) -> None:
+        if not self._watches(module):
+            return
+        self._keep_leaves(site.inputs, given)
         if site.channels in self.due:
             local = _local(given[0])
             counts = {site.channels: _counted(local), site.images: torch.tensor([[float(len(local))], [0.0]]).double()}
@@ -193,6 +205,16 @@ class Activations:
         for token, name in site.tokens.items():
             if name in self.due:
                 self._keep(name, (_local(given[0]) == token).float())
+
+    def _watches(self, module: nn.Module) -> bool:
+        """Whether this pass is one to note, and not one inside a backward pass, which repeats what was noted."""
+        return module.training == (self.mode == "train") and torch._C._current_graph_task_id() == -1
+
+    def _keep_leaves(self, leaves: dict[int, str], values: Any) -> None:
+        found = [each for each in tree_leaves(values) if isinstance(each, Tensor)] if leaves else []
+        for leaf, name in leaves.items():
+            if name in self.due and leaf < len(found):
+                self._keep(name, found[leaf])
 
     def _keep(self, name: str, value: Tensor) -> None:
         local = _local(value)

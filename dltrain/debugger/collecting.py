@@ -51,6 +51,8 @@ class Collector:
         """Before the first step; returns what was chosen of what there is."""
         engine = trainer.engine
         labels = [f"labels/{name}" for name in self._labels.fields(trainer.loader.peek())] if self._labels.on else []
+        if engine.mesh.pp_rank:
+            self._activations.forget_first_input()
         modules = union([*self._activations.names(), *labels])
         self._choice = choice = self._selection.choose(names_of(engine, self._selection.candidates, modules))
         self._refuse_unmatched(choice)
@@ -92,7 +94,7 @@ class Collector:
         for kind in self._kinds:
             if kind != "gradients":
                 self._take(trainer, kind)
-        if self._labels.on:
+        if self._labels.on and trainer.engine.mesh.counts and not trainer.engine.mesh.pp_rank:
             self._labels.put(self._activations.shares, trainer.engine)
         self._put_modules(trainer, self._sampler)
         self._sent.append((trainer.step, self._sampler.send()))
@@ -150,4 +152,7 @@ class Collector:
             warn(self._environment, told)
         for pattern in self._selection.raw:
             if not any(re.search(pattern, name) for name in choice.names):
-                warn(self._environment, f"debugger.raw {pattern!r} matches no tensor that is collected")
+                told = f"debugger.raw {pattern!r} matches no tensor; dltrain debug show RUN --names tells their names"
+                if self._strict:
+                    raise UserError(told)
+                warn(self._environment, told)

@@ -24,7 +24,7 @@ class Finding:
 
     def as_json(self) -> str:
         """One line."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), default=str)
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Finding:

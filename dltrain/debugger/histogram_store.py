@@ -18,6 +18,7 @@ import numpy as np
 
 from dltrain.debugger.histograms import BINS
 from dltrain.debugger.reductions import Array
+from dltrain.debugger.store import write_whole
 
 NAME = "histograms.z"
 
@@ -39,7 +40,7 @@ class HistogramFile:
         """Those of a due step, in one write."""
         body = json.dumps(list(counts)).encode() + b"\n" + np.stack(list(counts.values())).tobytes()
         packed = zlib.compress(body, 1)
-        self._file.write(_HEAD.pack(step, len(packed)) + packed)
+        write_whole(self._file, _HEAD.pack(step, len(packed)) + packed)
 
     def close(self) -> None:
         self._file.close()

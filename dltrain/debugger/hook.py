@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +32,10 @@ from dltrain.debugger.recorder import Guard, Recorder
 from dltrain.debugger.reductions import Array
 from dltrain.debugger.rules.base import Rule, Watch
 from dltrain.debugger.rules.catalogue import build
+from dltrain.debugger.run import SavedRun
 from dltrain.debugger.seen import Seen, Tensors
 from dltrain.debugger.system import SystemWatch
+from dltrain.errors import UserError
 from dltrain.hooks.base import NOTHING, Hook, Request, View
 from dltrain.readings import Reading
 from dltrain.runtime.environment import Environment
@@ -44,6 +47,10 @@ AT_ONCE = 128
 
 LATEST = 2.0
 """Seconds after which they look in any case."""
+
+
+FLUSHED = 10.0
+"""Seconds after which scalars are on the disk."""
 
 
 class Audience(Protocol):
@@ -86,7 +93,7 @@ class Debug(Hook):
         self._max_norm, self._started = config.optim.max_norm, False
         self._busy, self._next = False, 0
         self._unread: list[tuple[float, Reading]] = []
-        self._wake = 1
+        self._wake, self._flushed = 1, 0.0
         self._read_at: deque[int] = deque()
         self._at_once = AT_ONCE if set(words) == {"log"} else 1
 
@@ -102,6 +109,17 @@ class Debug(Hook):
         if self._environment.is_main:
             self._recorder = Recorder(self._folder, self._guard, trainer.step, choice.names, bool(choice.counted))
             self._system = SystemWatch(self._seconds, engine.device)
+            if trainer.step:
+                self._remember(trainer.step)
+
+    def _remember(self, step: int) -> None:
+        """Show the rules what they saw before the resume; what they find in it was told then."""
+        try:
+            before = SavedRun(str(self._folder.parent)).history()
+            for seen in takewhile(lambda each: each.step <= step, before):
+                self._watch.update(seen)
+        except UserError as error:
+            self._told(f"rules begin anew, for what was seen before the resume cannot be read: {error}")
 
     def step_start(self, trainer: View, batch: Batch) -> None:
         self._busy = trainer.step + 1 >= self._next
@@ -151,6 +169,9 @@ class Debug(Hook):
         most = self._max_norm or math.inf
         rows = [(r.step, now, r.loss, r.norm, r.learning_rate, r.loss_scale, _clip(r.norm, most)) for now, r in unread]
         self._recorder.rows(rows)
+        if rows[-1][1] - self._flushed > FLUSHED:
+            self._flushed = rows[-1][1]
+            self._recorder.flush()
         seen = [Seen(*row) for row in rows]
         if due or timeline is not None or not self._started:
             observed = self._observed(step, tensors, timeline)
@@ -193,8 +214,10 @@ class Debug(Hook):
 
     def close(self) -> None:
         CLOCK.rest()
-        if self._recorder is not None:
+        try:
             self._catch_up()
+        except Exception as error:  # noqa: BLE001 - a run that failed has said why, and its device may be gone
+            self._told(f"the last steps are not recorded ({type(error).__name__}: {error})")
         self._actions.close()
         for part in (self._system, self._recorder):
             if part is not None:

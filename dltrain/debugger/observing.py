@@ -34,6 +34,11 @@ from dltrain.runtime.step_clock import CLOCK, NEVER, PARTS
 MOST_KEYS = 50_000
 """Samples whose losses are followed; of more there are, every second one is, or every fourth, and so on."""
 
+MOST_CLASSES = 100_000
+"""Integers beyond which a field is no label."""
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 CLOCK_LAG = 3
 """Steps after which all of a step's parts are over, the same on every rank."""
 
@@ -53,7 +58,11 @@ class Labels:
         """Names of the fields that are counted: of integers, one for each sample."""
         found = []
         for name, values in batch.fields.items():
-            fits = values.dim() == 1 and not values.is_floating_point() and not values.is_complex()
+            fits = (
+                values.dim() == 1
+                and values.dtype in _INTEGERS
+                and (not len(values) or int(values.max()) < MOST_CLASSES)
+            )
             if fits and any(pattern.search(name) for pattern in self._patterns):
                 found.append(name)
         return found
@@ -62,7 +71,7 @@ class Labels:
         """The labels of this rank's samples; on the host."""
         source = batch.host or batch
         for name in self.fields(source):
-            labels = source.fields[name][source.position >= 0]
+            labels = source.fields[name][source.position >= 0].long()
             counts = torch.bincount(labels[labels >= 0]).double()
             before = self._counts.get(name)
             self._counts[name] = counts if before is None else _sum(before, counts)

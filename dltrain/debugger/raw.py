@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load
 from safetensors.torch import save
 from torch import Tensor
@@ -27,6 +28,9 @@ from dltrain.errors import UserError
 from dltrain.parallel.engine import Engine
 from dltrain.parallel.gradients import whole
 from dltrain.parallel.pieces import AXES
+
+_NARROW = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Numbers that numpy does not know: kept as float32."""
 
 _FILE = re.compile(r"step-(\d+)-rank-(\d+)\.safetensors")
 
@@ -46,13 +50,24 @@ def write_raw(folder: Path, step: int, rank: int, tensors: Mapping[str, Tensor],
     """One file; nothing where there are no tensors."""
     if tensors:
         folder.mkdir(parents=True, exist_ok=True)
-        data = save({name: each.cpu().contiguous() for name, each in tensors.items()}, {"keys": json.dumps(list(keys))})
+        wide = {name: each.float() if each.dtype in _NARROW else each for name, each in tensors.items()}
+        data = save({name: each.cpu().contiguous() for name, each in wide.items()}, {"keys": json.dumps(list(keys))})
         storage.write(str(folder / f"step-{step:08d}-rank-{rank:05d}.safetensors"), data)
 
 
 def steps_of(url: str) -> list[int]:
     """Steps that have files under a folder or URL."""
     return sorted({step for step, _, _ in _files(url)})
+
+
+def names_of_raw(url: str) -> dict[str, list[int]]:
+    """The steps at which each tensor was kept, by its name."""
+    found: dict[str, list[int]] = {}
+    for step, _, each in sorted(_files(url)):
+        for name in _header(bytes(storage.read(each))):
+            if name != "__metadata__" and step not in found.setdefault(name, []):
+                found[name].append(step)
+    return found
 
 
 def read_raw(url: str, step: int) -> tuple[dict[str, np.ndarray[Any, Any]], list[str]]:
@@ -76,8 +91,12 @@ def _is_whole(name: str) -> bool:
 
 
 def _keys(data: bytes) -> list[str]:
+    return [str(key) for key in json.loads(_header(data)["__metadata__"]["keys"])]
+
+
+def _header(data: bytes) -> dict[str, Any]:
     size = int.from_bytes(data[:8], "little")
-    return [str(key) for key in json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["keys"])]
+    return dict(json.loads(data[8 : 8 + size]))
 
 
 def _files(url: str) -> Iterator[tuple[int, int, str]]:

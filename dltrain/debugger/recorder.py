@@ -7,6 +7,7 @@ written is told once and left out; training goes on, unless it was asked to be s
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,6 @@ from dltrain.debugger.store import Store
 from dltrain.errors import UserError
 from dltrain.run_folder import read_lines
 from dltrain.runtime.environment import Environment
-from dltrain.runtime.logs import warn
 
 FINDINGS, OBSERVATIONS, RAW, EVALUATIONS = "findings.jsonl", "observations.jsonl", "tensors", "evaluations"
 
@@ -43,7 +43,8 @@ class Guard:
             told = f"the debugger cannot write {part} ({error})"
             if self._strict:
                 raise UserError(f"{told}; mend that, or let training go on without, by debugger.strict false") from None
-            warn(self._environment, f"{told}; training goes on without {part}")
+            told = f"rank {self._environment.rank}: {told}" if self._environment.rank else told
+            print(f"warning: {told}; training goes on without {part}", file=sys.stderr, flush=True)
         return None
 
 

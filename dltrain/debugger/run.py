@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -23,7 +24,7 @@ from dltrain.debugger.findings import Finding
 from dltrain.debugger.histogram_store import NAME as HISTOGRAMS
 from dltrain.debugger.histogram_store import read_histograms
 from dltrain.debugger.histograms import quantile
-from dltrain.debugger.raw import read_raw, steps_of
+from dltrain.debugger.raw import names_of_raw, read_raw
 from dltrain.debugger.recorder import EVALUATIONS, FINDINGS, OBSERVATIONS, RAW
 from dltrain.debugger.reductions import Array, reduce
 from dltrain.debugger.rules.base import Rule, Watch
@@ -91,6 +92,7 @@ class SavedRun:
         if storage.listing(evaluations):
             self._segments["eval"] = list(read_folder(evaluations)[1])
         self._histograms: dict[int, dict[str, Array]] | None = None
+        self._raw: dict[str, list[int]] | None = None
         self._present = {mode: _present(segments) for mode, segments in self._segments.items()}
 
     def steps(self, mode: str = "train") -> list[int]:
@@ -142,7 +144,7 @@ class SavedRun:
         counts = (
             {step: some[name] for step, some in self.histograms().items() if name in some} if mode == "train" else {}
         )
-        raw = (lambda step: self.raw(step)[0][name]) if name in self._raw_names() else None
+        raw = partial(self._raw_of, name) if name in self._raw_names else None
         return SavedTensor(name, steps[there].tolist(), moments[there], counts, raw)
 
     def histograms(self) -> dict[int, dict[str, Array]]:
@@ -231,9 +233,17 @@ class SavedRun:
             moments[:, column] *= factor**power
         return SavedTensor(name, before.steps, moments)
 
-    def _raw_names(self) -> set[str]:
-        folder = storage.join(self._folder, RAW)
-        return set(read_raw(folder, steps[-1])[0]) if (steps := steps_of(folder)) else set()
+    def _raw_of(self, name: str, step: int) -> np.ndarray[Any, Any]:
+        steps = self._raw_names[name]
+        if step not in steps:
+            raise UserError(f"{name} was not kept itself at step {step}; it was at {_some(steps)}")
+        return self.raw(step)[0][name]
+
+    @property
+    def _raw_names(self) -> dict[str, list[int]]:
+        if self._raw is None:
+            self._raw = names_of_raw(storage.join(self._folder, RAW))
+        return self._raw
 
 
 def open_run(url: str) -> SavedRun | ImportedRun:

@@ -117,11 +117,11 @@ class Sampler:
 
     def put(self, name: str, row: Tensor) -> None:
         """A tensor's moments on this rank, [9]."""
-        self._found[self._places[name]] = row
+        self._found[self._places[name]] = row.to(self._device, non_blocking=True)  # offloaded ones lie on the host
 
     def count(self, name: str, counts: Tensor) -> None:
         """How many of a tensor's values on this rank lie in each bin, float64 [BINS]."""
-        self._counts[name] = counts
+        self._counts[name] = counts.to(self._device, non_blocking=True)
 
     def remember(self) -> None:
         """The weights before a step, so that its updates can be seen after it."""

@@ -118,7 +118,7 @@ def _expanded(config: Config, states: Sequence[str]) -> tuple[str, ...]:
         found += shorthands.get(kind, (kind,))
     found += [kind for kind in config.debugger.collections if kind in (*whole, "biases")]
     sharded = config.parallel.engine == "deepspeed" and config.parallel.deepspeed.stage
-    if sharded and "updates" in config.debugger.collect:
+    if sharded and "updates" in config.debugger.collect and config.debugger.collect != Debugger().collect:
         raise UserError(
             "debugger.collect names updates, and DeepSpeed's ZeRO has no weights before a step; leave it out"
         )

@@ -12,6 +12,7 @@ array, and a row that a crash cut off is seen by its size. Other tensors, after 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from array import array
@@ -75,7 +76,7 @@ class Store:
         self._segment = path.open("ab", buffering=0)
         if last is None:
             self._segment.truncate(0)
-            self._segment.write(header)
+            write_whole(self._segment, header)
         self._steps = (self._folder / _STEPS).open("ab", buffering=0)
 
     def scalars(self, step: int, values: Sequence[float]) -> None:
@@ -91,13 +92,13 @@ class Store:
     def statistics(self, step: int, rows: Array) -> None:
         """Of a due step: one write, and one of the scalars so far."""
         if self._segment is not None:
-            self._segment.write(np.concatenate([[float(step)], rows.reshape(-1)]).tobytes())
+            write_whole(self._segment, np.concatenate([[float(step)], rows.reshape(-1)]).tobytes())
         self.flush()
 
     def flush(self) -> None:
         """Scalars so far are in the file."""
         if self._steps is not None:
-            self._steps.write(b"".join(self._pending))
+            write_whole(self._steps, b"".join(self._pending))
             self._pending.clear()
 
     def close(self) -> None:
@@ -112,6 +113,14 @@ class Store:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def write_whole(file: IO[bytes], data: bytes) -> None:
+    """Append to an unbuffered file all or nothing. Raises :class:`OSError` where a disk takes a part alone."""
+    written = file.write(data)
+    if written != len(data):
+        file.truncate(file.tell() - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def segments_in(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import threading
 import time
 from typing import Any
@@ -52,7 +53,12 @@ class SystemWatch:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._seconds):
-            self._found = [*self._found[-MOST:], self._sample()]
+            try:
+                self._found = [*self._found[-MOST:], self._sample()]
+            except Exception as error:  # noqa: BLE001 - drivers have errors of their own
+                reason = f"{type(error).__name__}: {error}"
+                print(f"warning: the machine is no longer watched ({reason})", file=sys.stderr, flush=True)
+                return
 
     def _sample(self) -> dict[str, Any]:
         cores, times = psutil.cpu_percent(percpu=True), psutil.cpu_times_percent()
@@ -88,9 +94,9 @@ def _gpus() -> tuple[Any, list[Any]] | None:
     try:
         library = importlib.import_module("pynvml")
         library.nvmlInit()
+        return library, [library.nvmlDeviceGetHandleByIndex(place) for place in range(library.nvmlDeviceGetCount())]
     except Exception:  # noqa: BLE001 - the library has errors of its own, and may not be there to name them
         return None
-    return library, [library.nvmlDeviceGetHandleByIndex(place) for place in range(library.nvmlDeviceGetCount())]
 
 
 def _used(library: Any, handles: list[Any]) -> list[dict[str, float]]:

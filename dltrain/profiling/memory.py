@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dltrain.data.batch import Batch
 from dltrain.debugger.recorder import Guard
 from dltrain.hooks.base import Hook, View
 from dltrain.runtime.environment import Environment
@@ -24,7 +25,7 @@ class Snapshots(Hook):
     def __init__(self, steps: Iterable[int], folder: Path, environment: Environment, guard: Guard) -> None:
         self._steps, self._folder = frozenset(steps), folder
         self._environment, self._guard = environment, guard
-        self._recording = False
+        self._recording = self._on_cuda = self._observes = False
 
     def fit_start(self, trainer: View) -> None:
         device = trainer.engine.device
@@ -33,10 +34,15 @@ class Snapshots(Hook):
                 warn(self._environment, f"profiler.memory: snapshots are of CUDA's memory, and this is {device.type}")
             self._steps = frozenset()
             return
-        torch._C._cuda_attach_out_of_memory_observer(self._out_of_memory)  # type: ignore[attr-defined]
+        self._on_cuda = True
         if self._steps:
             torch.cuda.memory._record_memory_history(max_entries=ENTRIES)
             self._recording = True
+
+    def step_start(self, trainer: View, batch: Batch) -> None:
+        if self._on_cuda and not self._observes:  # before the first step memory may run out on purpose
+            self._observes = True
+            torch._C._cuda_attach_out_of_memory_observer(self._out_of_memory)  # type: ignore[attr-defined]
 
     def step_end(self, trainer: View) -> None:
         if trainer.step in self._steps:

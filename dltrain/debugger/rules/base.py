@@ -48,7 +48,8 @@ class Rule:
 
     def finding(self, step: int, what: str, where: Iterable[str] = (), **numbers: float) -> Finding:
         """One of this rule's."""
-        return Finding(type(self).__name__, step, what, self.why, self.advice, tuple(where), dict(numbers))
+        plain = {name: float(value) for name, value in numbers.items()}  # they may be numpy's
+        return Finding(type(self).__name__, int(step), what, self.why, self.advice, tuple(map(str, where)), plain)
 
 
 class TensorRule(Rule):

@@ -79,7 +79,7 @@ class LossSpike(Rule):
 
     def update(self, seen: Seen) -> Iterable[Finding] | None:
         if seen.scores or not math.isfinite(seen.loss):
-            return ()
+            return None
         losses, loss = self._losses, seen.loss
         if self._first is None:
             self._first = abs(loss)
@@ -194,8 +194,8 @@ class LossScaleCollapse(Rule):
 
     def update(self, seen: Seen) -> Iterable[Finding] | None:
         scale = seen.loss_scale
-        if not scale:
-            return ()
+        if seen.scores or not scale:
+            return None
         self._largest = max(self._largest, scale)
         if scale < max(self.threshold, self._largest / self.fall):
             return [self.finding(seen.step, f"the loss scale is {scale:g}, and was {self._largest:g}", scale=scale)]

@@ -47,10 +47,10 @@ class StepOutlier(Rule):
     _squares: float = field(default=0.0, repr=False)
     _outliers: list[int] = field(default_factory=list, repr=False)
 
-    def update(self, seen: Seen) -> Iterable[Finding]:
+    def update(self, seen: Seen) -> Iterable[Finding] | None:
         before, self._before = self._before, 0.0 if seen.scores else seen.time
-        if seen.scores or not before:
-            return ()
+        if seen.scores or not before or len(self._outliers) > self.n_outliers:
+            return None
         seconds = seen.time - before
         if self._count > self.n_outliers:
             deviation = math.sqrt(self._squares / self._count)
