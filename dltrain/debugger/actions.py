@@ -57,6 +57,7 @@ class Actions:
         if word.startswith("call:"):
             self._try(word, finding)
             return
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
         self._threads.append(threading.Thread(target=self._try, args=(word, finding), daemon=True))
         self._threads[-1].start()
 

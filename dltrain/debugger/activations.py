@@ -224,7 +224,7 @@ class Activations:
             self._counts[name] = self._counts.get(name, 0) + counts_of(local)
         if name in self.raw:
             whole = value.full_tensor() if isinstance(value, DTensor) else value
-            self._kept.setdefault(name, []).append(whole.detach().clone())
+            self._kept.setdefault(name, []).append(whole.detach().clone().reshape(whole.shape or (1,)))
 
 
 def _counted(values: Tensor) -> Tensor:

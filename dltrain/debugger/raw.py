@@ -83,7 +83,8 @@ def read_raw(url: str, step: int) -> tuple[dict[str, np.ndarray[Any, Any]], list
                 parts.setdefault(name, []).append(tensor)
     if not parts:
         raise UserError(f"{url} has no tensors of step {step}; it has those of {steps_of(url) or 'none'}")
-    return {name: some[0] if _is_whole(name) else np.concatenate(some) for name, some in parts.items()}, keys
+    wholes = {name: some[0] if _is_whole(name) else np.concatenate(some) for name, some in parts.items()}
+    return wholes, list(dict.fromkeys(keys))  # every stage of a pipeline has its batch's
 
 
 def _is_whole(name: str) -> bool:

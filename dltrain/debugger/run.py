@@ -37,6 +37,9 @@ from dltrain.errors import UserError, nearest
 
 MODES = ("train", "eval")
 
+_OBSERVED = ("losses", "confusion", "replicas", "timeline", "system")
+"""Needs of rules that are kept as observations."""
+
 CLIPPED = "clipped/"
 """Gradients as the optimizer had them: their moments follow from those before clipping."""
 
@@ -187,7 +190,10 @@ class SavedRun:
     def judge(self, rules: Iterable[str | Rule]) -> Iterator[Finding]:
         """What these rules find in it now, and would have found then."""
         told: list[str] = []
-        watch = Watch(build(rules), told.append)
+        words = list(rules)
+        made = build(words)
+        self._refuse_blind([rule for rule in made if type(rule).__name__ in _named(words)])
+        watch = Watch(made, told.append)
         for seen in self.history():
             yield from watch.update(seen)
             if told:
@@ -211,6 +217,17 @@ class SavedRun:
                 line = scores[step]
                 found = {name.removeprefix("evaluation/"): value for name, value in line.items() if name != "kind"}
                 yield Seen(step, line["time"], scores=found, observed=observed.get((step, True), {}))
+
+    def _refuse_blind(self, rules: Iterable[Rule]) -> None:
+        """Refuse rules that need what this run has not kept: they would find nothing in any run."""
+        kept = {line["kind"] for line in _lines(storage.join(self._folder, OBSERVATIONS))}
+        for rule in rules:
+            needed = {kind for kind in _OBSERVED if getattr(rule.needs(), kind)}
+            if needed and not needed & kept:
+                lacks = " and ".join(sorted(needed))
+                raise UserError(
+                    f"rule {type(rule).__name__} needs {lacks}, which {self.url} has not kept; train with that rule on"
+                )
 
     def _of(self, mode: str) -> list[Segment]:
         if mode not in MODES:
@@ -244,6 +261,11 @@ class SavedRun:
         if self._raw is None:
             self._raw = names_of_raw(storage.join(self._folder, RAW))
         return self._raw
+
+
+def _named(rules: Iterable[str | Rule]) -> set[str]:
+    """Rules that are asked for by their names."""
+    return {word.partition(":")[0] for word in rules if isinstance(word, str)}
 
 
 def open_run(url: str) -> SavedRun | ImportedRun:

@@ -19,9 +19,11 @@ from dltrain.debugger.needs import Needs
 from dltrain.debugger.raw import names_of_raw, read_raw, write_raw
 from dltrain.debugger.reductions import reduce
 from dltrain.debugger.rules.base import Rule
+from dltrain.debugger.rules.catalogue import build
 from dltrain.debugger.run import open_run
 from dltrain.debugger.selection import Selection
 from dltrain.debugger.store import write_whole
+from dltrain.errors import UserError
 from dltrain.mesh import build_mesh
 from dltrain.runtime.environment import Environment
 from tests.conftest import TINY, Cli
@@ -85,6 +87,18 @@ def test_a_row_is_written_whole_or_not_at_all() -> None:
     assert file.data == b"beforefour"
 
 
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("AllZero:collection_names=weigths", "did you mean 'weights'"),
+        ("NLPSequenceRatio:token_values=0+1", "as many token_thresholds_percent as token_values"),
+    ],
+)
+def test_what_a_rule_would_look_for_in_vain_is_refused(word: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build([word])
+
+
 @pytest.mark.slow
 def test_rules_remember_what_they_saw_before_a_resume(cli: Cli, tmp_path: Path) -> None:
     words = ("train", TINY, "--preset", "small", "--run.name", "mine", "--run.resume", "auto", "--run.length", "60st")
@@ -109,6 +123,9 @@ def test_a_rule_in_the_folder_at_hand_is_found_and_mistakes_are_refused(cli: Cli
     assert "Always at step 1: it is so" in done.err
     shown = cli("debug", "show", "mine", "--rules", "AllZero,DeadRelu")
     assert shown.status == 0, shown.err
+    blind = cli("debug", "show", "mine", "--rules", "LabelNoise")
+    assert blind.status == 2
+    assert "rule LabelNoise needs losses, which runs/mine has not kept" in blind.err
     refused = cli(*words[:-4], "--debugger.every", "2st", "--debugger.raw", "nothing", "--debugger.strict", "true")
     assert refused.status == 2
     assert "debugger.raw 'nothing' matches no tensor" in refused.err

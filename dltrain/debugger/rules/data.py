@@ -15,6 +15,7 @@ from dltrain.debugger.needs import Needs
 from dltrain.debugger.reductions import Array
 from dltrain.debugger.rules.base import Rule, TensorRule
 from dltrain.debugger.seen import Seen, Tensors, shown
+from dltrain.errors import UserError
 
 
 @dataclass
@@ -127,6 +128,12 @@ class NLPSequenceRatio(TensorRule):
     advice: ClassVar = "Sort or pack sequences by length, or widen the vocabulary."
     token_values: tuple[int, ...] = (0,)
     token_thresholds_percent: tuple[float, ...] = (50.0,)
+
+    def __post_init__(self) -> None:
+        if len(self.token_values) != len(self.token_thresholds_percent):
+            raise UserError(
+                "rule NLPSequenceRatio needs as many token_thresholds_percent as token_values, as in 0+1, 50+5"
+            )
 
     def needs(self) -> Needs:
         return Needs(tokens=self.token_values)

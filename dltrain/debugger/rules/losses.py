@@ -175,7 +175,8 @@ class StalledTrainingRule(Rule):
     _before: float = field(default=0.0, repr=False)
 
     def update(self, seen: Seen) -> Iterable[Finding] | None:
-        before, self._before = self._before, seen.time
+        before = 0.0 if "initialization" in seen.observed else self._before  # of a run that goes on
+        self._before = seen.time
         waited = seen.time - before
         if before and waited > self.threshold:
             return [self.finding(seen.step, f"the step came {waited:.0f} s after the one before", seconds=waited)]

@@ -17,6 +17,9 @@ from dltrain.debugger.reductions import Array
 from dltrain.debugger.rules.base import Rule
 from dltrain.debugger.seen import Seen
 
+_MOST = 10
+"""Times as many samples as a rule waits for are kept."""
+
 _LEVELS = np.linspace(0, 100, 11)
 """Of utilisation, for histograms of it."""
 
@@ -29,16 +32,18 @@ class _Samples(Rule):
     patience: int = 1000
     window: int = 500
     _kept: list[dict[str, Any]] = field(default_factory=list, repr=False)
-    _looked: int = field(default=0, repr=False)
+    _since: int = field(default=0, repr=False)
 
     def needs(self) -> Needs:
         return Needs(system=True)
 
     def update(self, seen: Seen) -> Iterable[Finding] | None:
         self._kept += seen.observed["system"]
-        if len(self._kept) < self.patience or len(self._kept) - self._looked < self.window:
+        self._since += len(seen.observed["system"])
+        if len(self._kept) < self.patience or self._since < self.window:
             return None
-        self._looked = len(self._kept)
+        self._since = 0
+        del self._kept[: -_MOST * max(self.patience, self.window)]
         return self.look(seen.step)
 
     def look(self, step: int) -> Iterable[Finding]:

@@ -14,6 +14,7 @@ from dltrain.debugger.findings import Finding
 from dltrain.debugger.reductions import Array
 from dltrain.debugger.rules.base import TensorRule
 from dltrain.debugger.seen import Seen, Tensors, shown
+from dltrain.errors import UserError, nearest
 
 
 def update_ratios(tensors: Tensors, epsilon: float) -> tuple[list[str], Array]:
@@ -24,6 +25,16 @@ def update_ratios(tensors: Tensors, epsilon: float) -> tuple[list[str], Array]:
     with np.errstate(invalid="ignore"):  # what is not finite is ExplodingTensor's
         ratios = np.array(list(both.values())) / (np.array([sizes[name] for name in both]) + epsilon)
     return list(both), ratios
+
+
+KINDS = ("weights", "gradients", "updates", "activations", "inputs", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""Collections that rules may be told to look at."""
+
+
+def _check(names: Iterable[str], rule: str) -> None:
+    for name in names:
+        if name not in KINDS:
+            raise UserError(f"collection_names of rule {rule} has {name!r}, which there is not; {nearest(name, KINDS)}")
 
 
 class _Peak:
@@ -146,6 +157,9 @@ class AllZero(TensorRule):
     threshold: float = 100.0
     collection_names: tuple[str, ...] = ("gradients",)
 
+    def __post_init__(self) -> None:
+        _check(self.collection_names, "AllZero")
+
     def look(self, seen: Seen, tensors: Tensors) -> Iterable[Finding]:
         for kind in self.collection_names:
             names, shares = tensors.reduced(kind, "fraction_zero")
@@ -164,6 +178,9 @@ class TensorVariance(TensorRule):
     max_threshold: float | None = None
     min_threshold: float | None = None
     collection_names: tuple[str, ...] = ("weights",)
+
+    def __post_init__(self) -> None:
+        _check(self.collection_names, "TensorVariance")
 
     def look(self, seen: Seen, tensors: Tensors) -> Iterable[Finding]:
         for kind in self.collection_names:

@@ -48,7 +48,8 @@ class StepOutlier(Rule):
     _outliers: list[int] = field(default_factory=list, repr=False)
 
     def update(self, seen: Seen) -> Iterable[Finding] | None:
-        before, self._before = self._before, 0.0 if seen.scores else seen.time
+        before = 0.0 if "initialization" in seen.observed else self._before  # of a run that goes on
+        self._before = 0.0 if seen.scores else seen.time
         if seen.scores or not before or len(self._outliers) > self.n_outliers:
             return None
         seconds = seen.time - before
