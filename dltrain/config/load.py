@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from dltrain.config.debugger import Collection
 from dltrain.config.section import Section
 from dltrain.config.tree import Config, Source
 from dltrain.errors import UserError, nearest
@@ -133,8 +134,9 @@ def explain(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden" and "sources" in first["loc"]:
-        return f"there is no setting {name!r}; {nearest(str(first['loc'][-1]), Source.model_fields)}"
+    for place, kind in (("sources", Source), ("collections", Collection)):
+        if first["type"] == "extra_forbidden" and place in first["loc"]:
+            return f"there is no setting {name!r}; {nearest(str(first['loc'][-1]), kind.model_fields)}"
     whole = first["type"] == "missing" or isinstance(first["input"], dict | Section)
     found = "" if not name else f"--{name}: " if whole else f"--{name} is {first['input']!r}: "
     return f"{found}{reason[0].lower()}{reason[1:]}"

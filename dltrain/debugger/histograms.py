@@ -29,6 +29,9 @@ LEAST, MOST = 2.0**_FIRST, 2.0**_LAST
 _SIZES = (_LAST - _FIRST) * _QUARTERS
 BINS = 2 * _SIZES + 1
 
+_AT_ONCE = 1 << 24
+"""Elements on a GPU, for each takes 28 bytes more while it is counted."""
+
 _SHIFT = 21
 """Bits of a float32's mantissa that do not matter."""
 _OFFSET = ((_FIRST + 127) << 2) - 1
@@ -54,10 +57,11 @@ def counts_of(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1).float()
     if flat.device.type == "cpu":
         return torch.from_numpy(_on_host(flat.numpy()))
-    place = (((flat.view(torch.int32) & 0x7FFFFFFF) >> _SHIFT) - _OFFSET).clamp(0, _SIZES)
-    place = torch.where(flat < 0, _SIZES - place, _SIZES + place)
     counts = torch.zeros(BINS, dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(0, place.long(), (flat == flat).long())  # in whole numbers, which have no order of adding
+    for part in flat.split(_AT_ONCE):
+        place = (((part.view(torch.int32) & 0x7FFFFFFF) >> _SHIFT) - _OFFSET).clamp(0, _SIZES)
+        place = torch.where(part < 0, _SIZES - place, _SIZES + place)
+        counts.scatter_add_(0, place.long(), (part == part).long())  # in whole numbers, which have no order of adding
     return counts.double()
 
 

@@ -89,7 +89,7 @@ class Debug(Hook):
         self._system: SystemWatch | None = None
         self._faults: deque[tuple[int, str]] = deque()
         every, self._seconds = config.profiler.every, config.profiler.system
-        self._timed = Policy(int(every.value)) if every else Policy.of(settings)
+        self._timed = Policy(int(every.value)) if every else Policy.often(settings)
         self._max_norm, self._started = config.optim.max_norm, False
         self._busy, self._next = False, 0
         self._unread: list[tuple[float, Reading]] = []

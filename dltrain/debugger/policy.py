@@ -25,6 +25,14 @@ class Policy:
         every, steps = own.every or settings.every, own.steps or (() if own.every else settings.steps)
         return cls(int(every.value), own.start or settings.start, own.end or settings.end, frozenset(steps))
 
+    @classmethod
+    def often(cls, settings: Debugger) -> Policy:
+        """The debugger's; where collections alone have steps, that of the one that is due most often."""
+        own = [cls.of(settings, each) for each in settings.collections.values() if each.every]
+        return (
+            cls.of(settings) if settings.every or settings.steps or not own else min(own, key=lambda each: each.every)
+        )
+
     def due(self, step: int) -> bool:
         """Whether it is on this step, counted from 1."""
         return self.next(step) == step

@@ -94,9 +94,18 @@ def _gpus() -> tuple[Any, list[Any]] | None:
     try:
         library = importlib.import_module("pynvml")
         library.nvmlInit()
-        return library, [library.nvmlDeviceGetHandleByIndex(place) for place in range(library.nvmlDeviceGetCount())]
+        places = _visible(library.nvmlDeviceGetCount())
+        return library, [library.nvmlDeviceGetHandleByIndex(place) for place in places]
     except Exception:  # noqa: BLE001 - the library has errors of its own, and may not be there to name them
         return None
+
+
+def _visible(count: int) -> list[int]:
+    """Places of the GPUs that CUDA lets this job see; all where it names them otherwise than by number."""
+    named = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    if not named or not all(each.isdecimal() and int(each) < count for each in named):
+        return list(range(count))
+    return [int(each) for each in named]
 
 
 def _used(library: Any, handles: list[Any]) -> list[dict[str, float]]:

@@ -65,7 +65,9 @@ class Traces(Hook):
             self._first, self._last, self._began = trainer.step + 1, last, time.perf_counter()
 
     def step_end(self, trainer: View) -> None:
-        if self._running is not None and trainer.step >= self._last:
+        ends = trainer.step >= self._last or trainer.step == trainer.total_steps  # an evaluation follows the last step
+        if self._running is not None and ends:
+            self._last = trainer.step
             self._finish(trainer.engine.device)
 
     def close(self) -> None:
