@@ -58,7 +58,7 @@ def counts_of(tensor: Tensor) -> Tensor:
     if flat.device.type == "cpu":
         return torch.from_numpy(_on_host(flat.numpy()))
     counts = torch.zeros(BINS, dtype=torch.int64, device=flat.device)
-    for part in torch.split(flat, _AT_ONCE):  # type: ignore[no-untyped-call]
+    for part in torch.split(flat, _AT_ONCE):
         place = (((part.view(torch.int32) & 0x7FFFFFFF) >> _SHIFT) - _OFFSET).clamp(0, _SIZES)
         place = torch.where(part < 0, _SIZES - place, _SIZES + place)
         counts.scatter_add_(0, place.long(), (part == part).long())  # in whole numbers, which have no order of adding
