@@ -252,8 +252,9 @@ def test_two_nodes_download_what_was_planned(url: str, tmp_path: Path) -> None:
             assert len(batch) == 5
         loader._fetch.dataset.reader.files.rest()
     seen = counters.snapshot() - before
-    # an answer that is late on a busy machine is asked for again
-    assert (seen.requests - seen.retries, seen.bytes) == (plan.get_requests, plan.downloaded_bytes)
+    assert seen.bytes == plan.downloaded_bytes
+    # an answer that is late on a busy machine is asked for again, and one may be cancelled before its first byte
+    assert 0 <= seen.requests - seen.retries - plan.get_requests <= 1
 
 
 def wait_for_windows(files: CachedFiles, position: int) -> None:
