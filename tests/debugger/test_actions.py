@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
-import boto3
 import pytest
-from moto import mock_aws
-from moto.core import DEFAULT_ACCOUNT_ID
-from moto.sns.models import sns_backends
 
 from dltrain.debugger.actions import Actions
 from dltrain.debugger.findings import Finding
@@ -18,22 +15,29 @@ from dltrain.hooks.base import NOTHING, Request
 FOUND = Finding("LossSpike", 7, "the loss is 9", "It may not heal.", "Look at the samples.", ("a/1",), {"loss": 9.0})
 
 
+class Topics:
+    """What boto3's client of SNS would be asked: moto's stand-in for all of AWS would break the clients of other tests."""
+
+    sent: ClassVar[list[dict[str, str]]] = []
+
+    def __init__(self, service: str, region_name: str) -> None:
+        assert (service, region_name) == ("sns", "eu-west-1")
+
+    def publish(self, **message: str) -> None:
+        if message["TopicArn"].endswith("gone"):
+            raise ValueError("no such topic")
+        self.sent.append(message)
+
+
 def test_a_finding_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    with mock_aws():
-        topic = boto3.client("sns", region_name="eu-west-1").create_topic(Name="found")["TopicArn"]
-        told: list[str] = []
-        actions = Actions([f"sns:{topic}", f"sns:{topic}-gone"], told.append)
-        assert actions.act([f"sns:{topic}", f"sns:{topic}-gone"], FOUND) == NOTHING
-        actions.close()
-        sent = sns_backends[DEFAULT_ACCOUNT_ID]["eu-west-1"].topics[topic].sent_notifications
-    assert len(sent) == 1
-    _, message, subject, *_ = sent[0]
-    assert subject == "dltrain: LossSpike"
-    assert json.loads(message.splitlines()[-1])["numbers"] == {"loss": 9.0}
-    assert len(told) == 1
-    assert "was not told of LossSpike" in told[0]
+    monkeypatch.setattr("boto3.client", Topics)
+    topic, told = "arn:aws:sns:eu-west-1:123456789012:found", list[str]()
+    actions = Actions([f"sns:{topic}", f"sns:{topic}-gone"], told.append)
+    assert actions.act([f"sns:{topic}", f"sns:{topic}-gone"], FOUND) == NOTHING
+    actions.close()
+    assert [each["Subject"] for each in Topics.sent] == ["dltrain: LossSpike"]
+    assert json.loads(Topics.sent[0]["Message"].splitlines()[-1])["numbers"] == {"loss": 9.0}
+    assert told == [f"sns:{topic}-gone was not told of LossSpike (ValueError: no such topic)"]
 
 
 def test_what_is_asked_of_the_loop_is_put_together() -> None:
