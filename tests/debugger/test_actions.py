@@ -16,7 +16,7 @@ FOUND = Finding("LossSpike", 7, "the loss is 9", "It may not heal.", "Look at th
 
 
 class Topics:
-    """What boto3's client of SNS would be asked: moto's stand-in for all of AWS would break the clients of other tests."""
+    """What boto3's client of SNS is asked; moto's stand-in for all of AWS would break the clients of other tests."""
 
     sent: ClassVar[list[dict[str, str]]] = []
 
