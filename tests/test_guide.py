@@ -56,7 +56,7 @@ def test_a_command_in_a_block_has_settings_that_there_are(page: str, line: str) 
     words, overrides = split_arguments(shlex.split(line, comments=True)[2:])
     recipe = "image/classify" if words[0].endswith(".py") else words[0]
     preset = words[words.index("--preset") + 1] if "--preset" in words else ""
-    declarations(recipe).configure(preset, overrides)
+    assert declarations(recipe).configure(preset, overrides)
 
 
 RECIPE = '''"""A regression, as the guide shows it."""

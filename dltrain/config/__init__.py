@@ -7,7 +7,7 @@ assert from_yaml(Config, to_yaml(config)) == config
 from dltrain.config.debugger import Collection, Debugger, Profiler
 from dltrain.config.deepspeed import DeepSpeed
 from dltrain.config.length import Length
-from dltrain.config.load import from_tree, from_yaml, load_overrides, split_arguments, to_yaml
+from dltrain.config.load import flattened, from_tree, from_yaml, load_overrides, split_arguments, to_yaml
 from dltrain.config.section import Section
 from dltrain.config.tree import (
     Checkpoint,
@@ -46,6 +46,7 @@ __all__ = [
     "Section",
     "Source",
     "Storage",
+    "flattened",
     "from_tree",
     "from_yaml",
     "load_overrides",

@@ -147,6 +147,17 @@ def _plain(config: Section) -> dict[str, Any]:
     return {name: _plain(value) if isinstance(value, Section) else value for name, value in fields.items()}
 
 
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of a tree of mappings by dotted name; an empty mapping is a leaf."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found |= flattened(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in changes.items():

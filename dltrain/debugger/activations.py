@@ -1,10 +1,13 @@
-"""Statistics of what modules take in and return: installed before the model is compiled, at work when it is due.
+"""Statistics of what modules take in and return: at work when it is due, and otherwise not there.
 
     watch = Activations(selection)
     watch.install(model)
     watch.begin(names, "train")  # forward passes are noted, those that checkpointing repeats are not
-    watch.end()
     watch.taken(mesh)
+    watch.end()
+
+Modules have hooks between begin and end alone; those of a model that is to be compiled have them from the start, for
+later ones would never be called, and all that they do on other steps is compiled away.
 
 Of ReLUs it also counts how often each unit (a channel of images, a feature of tokens) is active, and of tanh and
 sigmoid how often it is not saturated, on the first samples of each micro-batch.
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from dltrain.debugger.histograms import counts_of
 from dltrain.debugger.moments import added, row_of
@@ -64,6 +68,9 @@ _PLAIN = (nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Hardswish, nn.Softplus, nn.
 _FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers of which the first is given what the model is made to see."""
 
+_CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm)
+"""Layers after which the units of what has three dimensions are channels, not features."""
+
 
 @dataclass
 class _Site:
@@ -72,6 +79,7 @@ class _Site:
     inputs: dict[int, str] = field(default_factory=dict)
     outputs: dict[int, str] = field(default_factory=dict)
     units: str = ""
+    channels_first: bool = False
     channels: str = ""
     images: str = ""
     tokens: dict[int, str] = field(default_factory=dict)
@@ -84,8 +92,8 @@ class _Site:
 class Activations:
     """Of a model's modules, by name: moments of what goes in and comes out, counts of units, and raw values."""
 
-    def __init__(self, selection: Selection | None = None) -> None:
-        self._asked = NOTHING
+    def __init__(self, selection: Selection | None = None, compiled: bool = False) -> None:
+        self._compiled = compiled
         self.on = False
         """The one thing that compiled code asks, so that there are two variants of it, however many tensors are due."""
         self.due: frozenset[str] = NOTHING
@@ -95,7 +103,8 @@ class Activations:
         self._kinds = selection.kinds if selection is not None else ("activations",)
         self._needs = selection.needs if selection is not None else Needs()
         self._patterns = [re.compile(each) for each in (selection.patterns if selection is not None else ())]
-        self._sites: dict[str, _Site] = {}
+        self._sites: list[tuple[nn.Module, _Site]] = []
+        self._handles: list[RemovableHandle] = []
         self._rows: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._kept: dict[str, list[Tensor]] = {}
@@ -105,35 +114,53 @@ class Activations:
 
     def begin(self, due: frozenset[str], mode: Literal["train", "eval"]) -> None:
         """Note these tensors until :meth:`end`."""
+        self.end()
         self.on, self.due, self.mode = bool(due), due, mode
-        self._asked = due
+        if due and not self._compiled:
+            self._hook()
 
     def end(self) -> None:
         self.on, self.due = False, NOTHING
+        if not self._compiled:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
 
     def install(self, model: nn.Module) -> None:
-        """Give modules hooks; before the model is compiled, or they would never be called."""
+        """The model whose modules are watched; before it is wrapped or compiled."""
         first = next((name for name, module in model.named_modules() if isinstance(module, _FIRST)), "")
+        layer: nn.Module = model
         for name, module in model.named_modules():
             site = self._site(name, module, name == first)
+            if next(module.parameters(recurse=False), None) is not None:
+                layer = module
+            site.channels_first = isinstance(layer, _CHANNELS_FIRST)
             if site.names():
-                self._sites[name] = site
-                if site.inputs or site.channels or site.tokens:  # before a module that works in place overwrites them
-                    module.register_forward_pre_hook(partial(self._note_inputs, site))
-                module.register_forward_hook(partial(self._note, site))
+                self._sites.append((module, site))
+        if self._compiled:
+            self._hook()
+
+    def _hook(self) -> None:
+        """Before the hooks of whoever splits the model over ranks: what is seen is what the model's author wrote."""
+        for module, site in self._sites:
+            if site.inputs or site.channels or site.tokens:  # before a module that works in place overwrites them
+                note = partial(self._note_inputs, site)
+                self._handles.append(module.register_forward_pre_hook(note, prepend=True))
+            if site.outputs or site.units:
+                self._handles.append(module.register_forward_hook(partial(self._note, site), prepend=True))
 
     def names(self) -> list[str]:
         """Of the tensors whose moments there may be: ``<module>_output_0``, ``active/<module>`` (the share of a batch
         in which each unit is active, or 0 below 1 %), and what patterns and rules ask for."""
-        return [name for site in self._sites.values() for name in site.names()]
+        return [name for _, site in self._sites for name in site.names()]
 
     def taken(self, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
         """Names and moments [9] since last time: those of this rank's tensors, and, on one of the ranks that see other
-        samples, those of shares of all their samples; collective."""
+        samples, those of shares of all their samples; collective, and before :meth:`end`."""
         rows, self._rows = self._rows, {}
         yield from rows.items()
         for name, counts in self._since.items():
-            if name in self._asked:
+            if name in self.due:
                 self.shares.add(name, counts)
         yield from ((name, row_of(values)) for name, values in self.shares.taken(mesh.data_group()))
 
@@ -168,7 +195,7 @@ class Activations:
 
     def forget_first_input(self) -> None:
         """Of a stage that is not the pipeline's first, whose first layer is given what another has made."""
-        for site in self._sites.values():
+        for _, site in self._sites:
             site.channels = site.images = ""
 
     def _note_inputs(self, site: _Site, module: nn.Module, given: tuple[Any, ...]) -> None:
@@ -189,7 +216,7 @@ class Activations:
             value = _local(tree_leaves(returned)[0])
             if value.dim() > 1 and len(value):
                 active = _ACTIVE[type(module)][1](_local(given[0])[:SAMPLES], value[:SAMPLES])
-                self.shares.add(site.units, _counted(active))
+                self.shares.add(site.units, _counted(active, site.channels_first))
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -199,7 +226,8 @@ class Activations:
         self._keep_leaves(site.inputs, given)
         if site.channels in self.due:
             local = _local(given[0])
-            counts = {site.channels: _counted(local), site.images: torch.tensor([[float(len(local))], [0.0]]).double()}
+            channels = _counted(local, site.channels_first)
+            counts = {site.channels: channels, site.images: torch.tensor([[float(len(local))], [0.0]]).double()}
             for name, more in counts.items():
                 self._since[name] = self._since.get(name, 0) + more.to(local.device)
         for token, name in site.tokens.items():
@@ -227,9 +255,10 @@ class Activations:
             self._kept.setdefault(name, []).append(whole.detach().clone().reshape(whole.shape or (1,)))
 
 
-def _counted(values: Tensor) -> Tensor:
-    """Float64 [2, units]: sums and numbers of values [n, channels, height, width], or with features last."""
-    axis = 1 if values.dim() >= 4 else values.dim() - 1
+def _counted(values: Tensor, channels: bool = False) -> Tensor:
+    """Float64 [2, units]: sums and numbers of values [n, channels, height, width], or with features last; in three
+    dimensions what a convolution makes has ``channels`` before its steps."""
+    axis = 1 if values.dim() >= 4 or channels else values.dim() - 1
     others = [each for each in range(values.dim()) if each != axis]
     if values.dtype == torch.bool and values.device.type == "cpu" and axis == 1:  # in half the time
         counts = np.count_nonzero(values.numpy().reshape(*values.shape[:2], -1), axis=2)

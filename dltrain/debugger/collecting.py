@@ -35,17 +35,18 @@ class Collector:
 
     def __init__(self, config: Config, environment: Environment, folder: Path, needs: Needs, guard: Guard) -> None:
         self._environment, self._folder, self._guard = environment, folder / RAW, guard
-        self._strict = config.debugger.strict
+        self._strict, self._on = config.debugger.strict, config.debugger.on
         self._selection = Selection(config, needs)
-        self._activations = Activations(self._selection)
+        self._activations = Activations(self._selection, compiled=config.precision.compile)
         self._labels = Labels(needs)
         self._due, self._sent = NOTHING, deque[tuple[int, Table]]()
         self._raw: dict[str, Tensor] = {}
         self._keys: tuple[str, ...] = ()
 
     def install(self, model: nn.Module) -> None:
-        """Watch the modules of a model that is not compiled yet."""
-        self._activations.install(model)
+        """Watch the modules of a model that is not compiled yet, if any step is due."""
+        if self._on:
+            self._activations.install(model)
 
     def begin(self, trainer: View) -> Choice:
         """Before the first step; returns what was chosen of what there is."""
@@ -128,11 +129,11 @@ class Collector:
 
     def _put_modules(self, trainer: View, sampler: Sampler) -> None:
         watched = self._activations
-        watched.end()
         for name, row in watched.taken(trainer.engine.mesh):
             sampler.put(name, row)
         for name, counts in watched.counts().items():
             sampler.count(name, counts)
+        watched.end()
         self._raw.update(watched.kept() if trainer.engine.mesh.counts else {})
 
     def _write_raw(self, step: int) -> None:

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dltrain.debugger.moments import COLUMNS, SUMS
+from dltrain.debugger.moments import COLUMNS, together
 from dltrain.debugger.reductions import Array, reduce
 from dltrain.debugger.seen import Index
 from dltrain.debugger.store import Segment
 
 Steps = np.ndarray[Any, np.dtype[np.int64]]
 
-_SMALL = 1e-12
+SMALL = 1e-12
 """Added to the size of weights that updates are measured by."""
 
 
@@ -43,7 +43,7 @@ class Layers(NamedTuple):
         members: dict[str, list[int]] = {}
         for place, block in enumerate(blocks):
             members.setdefault(block, []).append(place)
-        moments = np.stack([_together(self.moments[places]) for places in members.values()])
+        moments = np.stack([together(self.moments[places]) for places in members.values()])
         return Layers(list(members), self.steps, moments)
 
     def of(self, names: Sequence[str]) -> Layers:
@@ -65,7 +65,7 @@ def layers_of(segments: Sequence[Segment], kind: str) -> Layers:
         moments[rows, start : start + len(segment.steps)] = segment.values[:, places].swapaxes(0, 1)
         start += len(segment.steps)
     there, due = (np.flatnonzero(np.count_nonzero(moments[:, :, 0], axis=axis)) for axis in (1, 0))
-    return Layers([_bare(names[place]) for place in there], steps[due], moments[there][:, due])
+    return Layers([bare(names[place]) for place in there], steps[due], moments[there][:, due])
 
 
 def ratios(weights: Layers, updates: Layers) -> tuple[list[str], Steps, Any]:
@@ -76,7 +76,7 @@ def ratios(weights: Layers, updates: Layers) -> tuple[list[str], Steps, Any]:
     sizes = weights.of(names).reduced("abs_mean")[:, theirs]
     changes = updates.of(names).reduced("abs_mean")[:, ours]
     with np.errstate(invalid="ignore", over="ignore"):
-        return names, steps, np.ma.array(changes.data / (sizes.data + _SMALL), mask=changes.mask | sizes.mask)
+        return names, steps, np.ma.array(changes.data / (sizes.data + SMALL), mask=changes.mask | sizes.mask)
 
 
 def blocks_of(names: Sequence[str], most: int) -> list[str]:
@@ -115,13 +115,6 @@ def _in_ranges(blocks: Sequence[str], most: int) -> list[str]:
     return [title[block] for block in blocks]
 
 
-def _together(moments: Array) -> Array:
-    """Moments [layers, steps, 9] of the elements of all layers, [steps, 9]."""
-    sums = moments[:, :, : len(SUMS)].sum(0)
-    largest = np.where(moments[:, :, :1] > 0, moments[:, :, len(SUMS) :], -np.inf).max(0)
-    return np.concatenate([sums, largest], axis=1)
-
-
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
     """Without the kind that stands before the slash."""
     return name.partition("/")[2] or name

@@ -143,6 +143,12 @@ def _on_device(flat: Tensor) -> Tensor:
     return torch.stack(values)
 
 
+def together(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """As :func:`added`, on the host; parts without elements may have any largest values."""
+    largest = np.where(rows[..., :1] > 0, rows[..., len(SUMS) :], -np.inf).max(0)
+    return np.concatenate([rows[..., : len(SUMS)].sum(0), largest], -1)
+
+
 def added(rows: Tensor) -> Tensor:
     """Of a whole from those of its parts: float64 [parts, ..., 9] to [..., 9]."""
     sums, largest = rows[..., : len(SUMS)].sum(0), rows[..., len(SUMS) :].amax(0)

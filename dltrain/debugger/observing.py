@@ -56,16 +56,8 @@ class Labels:
 
     def fields(self, batch: Batch) -> list[str]:
         """Names of the fields that are counted: of integers, one for each sample."""
-        found = []
-        for name, values in batch.fields.items():
-            fits = (
-                values.dim() == 1
-                and values.dtype in _INTEGERS
-                and (not len(values) or int(values.max()) < MOST_CLASSES)
-            )
-            if fits and any(pattern.search(name) for pattern in self._patterns):
-                found.append(name)
-        return found
+        wanted = {name for name in batch.fields if any(pattern.search(name) for pattern in self._patterns)}
+        return [name for name, values in batch.fields.items() if name in wanted and _is_label(values)]
 
     def add(self, batch: Batch) -> None:
         """The labels of this rank's samples; on the host."""
@@ -77,7 +69,7 @@ class Labels:
             self._counts[name] = counts if before is None else _sum(before, counts)
 
     def put(self, shares: Shares, engine: Engine) -> None:
-        """Counts so far, on their way to be added up over ranks; collective."""
+        """Counts so far, on their way to be added up over ranks; collective, and it waits for the device."""
         device = engine.device
         for name, counts in self._counts.items():
             size = torch.tensor(len(counts), device=device)
@@ -87,6 +79,12 @@ class Labels:
             wide = torch.zeros(int(size), dtype=torch.float64, device=device)
             wide[: len(counts)] = counts.to(device)
             shares.add(f"labels/{name}", torch.stack([wide, torch.zeros_like(wide)]))
+
+
+def _is_label(values: Tensor) -> bool:
+    if values.dim() != 1 or values.dtype not in _INTEGERS:
+        return False
+    return not len(values) or int(values.max()) < MOST_CLASSES
 
 
 def _sum(one: Tensor, other: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ from dltrain.parallel.pieces import AXES
 _NARROW = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """Numbers that numpy does not know: kept as float32."""
 
+_SIZE = 8
+"""Bytes before the header, which say how long it is."""
+
 _FILE = re.compile(r"step-(\d+)-rank-(\d+)\.safetensors")
 
 
@@ -64,7 +67,8 @@ def names_of_raw(url: str) -> dict[str, list[int]]:
     """The steps at which each tensor was kept, by its name."""
     found: dict[str, list[int]] = {}
     for step, _, each in sorted(_files(url)):
-        for name in _header(bytes(storage.read(each))):
+        size = int.from_bytes(storage.read(each, 0, _SIZE), "little")
+        for name in json.loads(storage.read(each, _SIZE, _SIZE + size)):
             if name != "__metadata__" and step not in found.setdefault(name, []):
                 found[name].append(step)
     return found
@@ -96,8 +100,8 @@ def _keys(data: bytes) -> list[str]:
 
 
 def _header(data: bytes) -> dict[str, Any]:
-    size = int.from_bytes(data[:8], "little")
-    return dict(json.loads(data[8 : 8 + size]))
+    size = int.from_bytes(data[:_SIZE], "little")
+    return dict(json.loads(data[_SIZE : _SIZE + size]))
 
 
 def _files(url: str) -> Iterator[tuple[int, int, str]]:

@@ -29,7 +29,7 @@ from dltrain.debugger.recorder import EVALUATIONS, FINDINGS, OBSERVATIONS, RAW
 from dltrain.debugger.reductions import Array, reduce
 from dltrain.debugger.rules.base import Rule, Watch
 from dltrain.debugger.rules.catalogue import build
-from dltrain.debugger.seen import Index, Seen, Tensors, kind_of
+from dltrain.debugger.seen import Index, Seen, Tensors, kind_of, numbered
 from dltrain.debugger.smdebug.folder import is_smdebug
 from dltrain.debugger.smdebug.run import ImportedRun
 from dltrain.debugger.store import SCALARS, Segment, read_folder
@@ -62,7 +62,7 @@ class SavedTensor:
     def reduction_value(self, step: int, name: str) -> float:
         """One reduction at one step. Raises :class:`UserError` where there is none."""
         if step not in self.steps:
-            raise UserError(f"{self.name} has no statistics of step {step}; it has those of {_some(self.steps)}")
+            raise UserError(f"{self.name} has no statistics of step {step}; it has those of {numbered(self.steps)}")
         return float(reduce(name, self.moments[self.steps.index(step)]))
 
     def quantiles(self, share: float) -> Array:
@@ -88,13 +88,14 @@ class SavedRun:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the statistics anew."""
+        """Forget what was read, and read the statistics anew."""
         self._scalars, segments = read_folder(storage.join(self._folder, "statistics"))
         self._segments: dict[str, list[Segment]] = {"train": list(segments), "eval": []}
         evaluations = storage.join(self._folder, EVALUATIONS)
         if storage.listing(evaluations):
             self._segments["eval"] = list(read_folder(evaluations)[1])
         self._histograms: dict[int, dict[str, Array]] | None = None
+        self._read: dict[str, list[dict[str, Any]]] = {}
         self._raw: dict[str, list[int]] | None = None
         self._present = {mode: _present(segments) for mode, segments in self._segments.items()}
 
@@ -166,17 +167,17 @@ class SavedRun:
         wanted, until = set(steps), time.monotonic() + timeout
         while not wanted <= set(self.steps()):
             if time.monotonic() > until:
-                raise UserError(f"{self.url} has no statistics of steps {_some(sorted(wanted - set(self.steps())))}")
+                raise UserError(f"{self.url} has no statistics of steps {numbered(sorted(wanted - set(self.steps())))}")
             time.sleep(1.0)
             self.refresh()
 
     def findings(self) -> list[Finding]:
         """What its rules found while it was trained."""
-        return [Finding.of(line) for line in _lines(storage.join(self._folder, FINDINGS))]
+        return [Finding.of(line) for line in self._lines(storage.join(self._folder, FINDINGS))]
 
     def observations(self, kind: str) -> list[tuple[int, Any]]:
         """Steps, and what else was seen at each: "timeline", "system", "confusion", "losses", "replicas"."""
-        lines = _lines(storage.join(self._folder, OBSERVATIONS))
+        lines = self._lines(storage.join(self._folder, OBSERVATIONS))
         return [(line["step"], line["value"]) for line in lines if line["kind"] == kind]
 
     def evaluations(self) -> list[dict[str, Any]]:
@@ -185,7 +186,7 @@ class SavedRun:
 
     def metrics(self) -> list[dict[str, Any]]:
         """What was logged: each record with its ``kind`` and ``step``."""
-        return _lines(storage.join(self.url, "metrics.jsonl"))
+        return self._lines(storage.join(self.url, "metrics.jsonl"))
 
     def judge(self, rules: Iterable[str | Rule]) -> Iterator[Finding]:
         """What these rules find in it now, and would have found then."""
@@ -220,7 +221,7 @@ class SavedRun:
 
     def _refuse_blind(self, rules: Iterable[Rule]) -> None:
         """Refuse rules that need what this run has not kept: they would find nothing in any run."""
-        kept = {line["kind"] for line in _lines(storage.join(self._folder, OBSERVATIONS))}
+        kept = {line["kind"] for line in self._lines(storage.join(self._folder, OBSERVATIONS))}
         for rule in rules:
             needed = {kind for kind in _OBSERVED if getattr(rule.needs(), kind)}
             if needed and not needed & kept:
@@ -236,7 +237,7 @@ class SavedRun:
 
     def _observed(self) -> dict[tuple[int, bool], dict[str, Any]]:
         found: dict[tuple[int, bool], dict[str, Any]] = {}
-        for line in _lines(storage.join(self._folder, OBSERVATIONS)):
+        for line in self._lines(storage.join(self._folder, OBSERVATIONS)):
             found.setdefault((line["step"], line["evaluation"]), {})[line["kind"]] = line["value"]
         return found
 
@@ -253,8 +254,15 @@ class SavedRun:
     def _raw_of(self, name: str, step: int) -> np.ndarray[Any, Any]:
         steps = self._raw_names[name]
         if step not in steps:
-            raise UserError(f"{name} was not kept itself at step {step}; it was at {_some(steps)}")
+            raise UserError(f"{name} was not kept itself at step {step}; it was at {numbered(steps)}")
         return self.raw(step)[0][name]
+
+    def _lines(self, url: str) -> list[dict[str, Any]]:
+        """Of JSON, those that are whole, as of the last refresh; none where there is no file."""
+        if url not in self._read:
+            text = storage.read(url).decode() if storage.exists(url) else ""
+            self._read[url] = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return self._read[url]
 
     @property
     def _raw_names(self) -> dict[str, list[int]]:
@@ -283,15 +291,3 @@ def _present(segments: list[Segment]) -> list[str]:
         there = np.count_nonzero(segment.values[:, :, 0], axis=0)
         names |= dict.fromkeys(compress(segment.names, there))
     return list(names)
-
-
-def _lines(url: str) -> list[dict[str, Any]]:
-    """Of JSON, those that are whole; none where there is no file."""
-    if not storage.exists(url):
-        return []
-    text = storage.read(url).decode()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def _some(steps: list[int]) -> str:
-    return ", ".join(map(str, steps[:8])) + (f", ... {steps[-1]}" if len(steps) > 8 else "")

@@ -91,3 +91,10 @@ def shown(names: Iterable[str], most: int = 3) -> str:
     some = list(names)
     more = f" and {len(some) - most} more" if len(some) > most else ""
     return ", ".join(some[:most]) + more
+
+
+def numbered(steps: Sequence[int], most: int = 8) -> str:
+    """Some steps in a sentence."""
+    if not steps:
+        return "none"
+    return ", ".join(map(str, steps[:most])) + (f", ... {steps[-1]}" if len(steps) > most else "")

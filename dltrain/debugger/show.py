@@ -28,6 +28,7 @@ _FINDINGS = 6
 _RANKS = 16
 
 _DEAD = 0.01
+"""Share of a layer's units below which nothing is said."""
 
 
 def show_run(url: str, rules: Sequence[str] | None) -> int:
@@ -38,8 +39,8 @@ def show_run(url: str, rules: Sequence[str] | None) -> int:
     for group in grouped(found):
         _print_group(console, group)
     steps = run.steps()
-    console.print(f"{len(found)} finding(s); statistics of {len(steps)} steps, {steps[0]} to {steps[-1]}" if steps else
-                  f"{len(found)} finding(s); no statistics yet")  # fmt: skip
+    of = f"statistics of {len(steps)} steps, {steps[0]} to {steps[-1]}" if steps else _why_none(run)
+    console.print(f"{len(found)} finding(s); {of}")
     if isinstance(run, ImportedRun):
         _print_gradients(console, *_imported_gradients(run))
         return 0
@@ -49,6 +50,13 @@ def show_run(url: str, rules: Sequence[str] | None) -> int:
     _print_time(console, run)
     _print_machine(console, run)
     return 0
+
+
+def _why_none(run: SavedRun | ImportedRun) -> str:
+    """Of a run without statistics: they were not asked for, or no step was due so far."""
+    settings = {} if isinstance(run, ImportedRun) else run.record().get("config", {}).get("debugger", {})
+    asked = not settings or any(settings.get(name) for name in ("every", "steps", "collections"))
+    return "no statistics yet" if asked else "no statistics of tensors: the debugger was off (--debugger.every 50st)"
 
 
 def terminal() -> Any:

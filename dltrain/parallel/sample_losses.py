@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from dltrain.data.batch import Batch
+from dltrain.runtime.on_the_way import OnTheWay
 
-_AT_HAND = 256
-"""Pieces whose losses stay on the device, so that those that are brought to the host were ready long ago."""
+_UNREAD = 256
+"""Pieces whose losses are not read yet, so that those that are were ready long ago."""
 
 
 class SampleLosses:
@@ -15,7 +16,7 @@ class SampleLosses:
 
     def __init__(self) -> None:
         self.on = False
-        self._pieces: list[tuple[list[int], tuple[str, ...], Tensor]] = []
+        self._pieces: list[tuple[list[int], tuple[str, ...], OnTheWay]] = []
         self._found: dict[str, float] = {}
 
     def add(self, batch: Batch, losses: Tensor) -> None:
@@ -23,19 +24,18 @@ class SampleLosses:
         if not self.on:
             return
         there = [place for place, position in enumerate(batch.position.tolist()) if position >= 0]
-        self._pieces.append((there, batch.keys, losses.detach().clone()))
-        if len(self._pieces) >= 2 * _AT_HAND:
-            self._bring(_AT_HAND)
+        self._pieces.append((there, batch.keys, OnTheWay([losses.detach().clone()], losses.device)))
+        if len(self._pieces) >= 2 * _UNREAD:
+            self._read(_UNREAD)
 
     def taken(self) -> dict[str, float]:
         """The last loss of each sample since last time, by key; waits for the device."""
-        self._bring(len(self._pieces))
+        self._read(len(self._pieces))
         found, self._found = self._found, {}
         return found
 
-    def _bring(self, pieces: int) -> None:
-        """The first so many to the host."""
+    def _read(self, pieces: int) -> None:
         for there, keys, losses in self._pieces[:pieces]:
-            values = losses.tolist()
+            values = losses.numbers()
             self._found |= {keys[place]: values[place] for place in there}
         del self._pieces[:pieces]

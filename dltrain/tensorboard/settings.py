@@ -13,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
-from dltrain.config import Config
+from dltrain.config import Config, flattened
 from dltrain.metrics.classification import Classification
 from dltrain.metrics.forecasting import Forecasting
 from dltrain.tensorboard.layout import tag_of
@@ -35,7 +35,7 @@ def session_start(config: Config, metrics: Sequence[str]) -> list[Summary]:
 
     Of all runs in a folder TensorBoard asks one alone which scores there are: each names those of other recipes, too.
     """
-    flat = flattened(config.model_dump(mode="json"))
+    flat = columns_of(config.model_dump(mode="json"))
     columns = {name: value for name, value in flat.items() if name.partition(".")[0] in _SECTIONS or name in _OTHERS}
     infos = [
         api_pb2.HParamInfo(
@@ -63,17 +63,15 @@ def session_end() -> Summary:
     return _summary(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))
 
 
-def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+def columns_of(tree: dict[str, Any]) -> dict[str, int | float | str]:
     """A tree's leaves by dotted name; numbers are numbers, all else is text."""
-    flat: dict[str, int | float | str] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flattened(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float | str) and not isinstance(value, bool):
-            flat[prefix + name] = value
-        else:
-            flat[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
-    return flat
+    return {name: _shown(value) for name, value in flattened(tree).items()}
+
+
+def _shown(value: Any) -> int | float | str:
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        return value
+    return ", ".join(map(str, value)) if isinstance(value, list | dict) else str(value).lower()
 
 
 def _summary(tag: str, data: HParamsPluginData) -> Summary:

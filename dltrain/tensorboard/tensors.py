@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import histogram_raw
 
-from dltrain.debugger.moments import COLUMNS, SUMS
+from dltrain.debugger.layers import SMALL, bare, blocks_of
+from dltrain.debugger.moments import COLUMNS, together
 from dltrain.debugger.reductions import reduce
 from dltrain.debugger.seen import Tensors, kind_of
 
@@ -35,8 +37,9 @@ _LEAST, _LARGEST = COLUMNS.index("least_negated"), COLUMNS.index("largest")
 
 
 def scalars(tensors: Tensors) -> Iterator[tuple[str, float]]:
-    """Tags and values: ``tensors_<kind>_<reduction>/<layer>``, ``tensors_update_ratio/<layer>`` (the norm of what a
-    step adds to the weights beside theirs), and ``tensors_nonfinite/<kind>``, how many values are not finite."""
+    """Tags and values: ``tensors_<kind>_<reduction>/<layer>``, ``tensors_update_ratio/<layer>`` (the mean size of
+    what a step adds to the weights beside theirs, as rules have it), and ``tensors_nonfinite/<kind>``, how many values
+    are not finite."""
     for kind in tensors.index.kinds:
         names, rows = _of(tensors, kind)
         yield f"tensors_nonfinite/{kind}", float(rows[:, COLUMNS.index("nonfinite")].sum())
@@ -62,14 +65,16 @@ def histogram(name: str, counted: Counted) -> Summary:
 
 
 def by_layer(names: Sequence[str], rows: Array) -> dict[str, Array]:
-    """Moments [9] by tensor, or by module, as deep as there are at most :data:`MOST` of them."""
-    depth = max((name.count(".") + 1 for name in names), default=1)
-    while depth > 1 and len({_cut(name, depth) for name in names}) > MOST:
-        depth -= 1
+    """Moments [9] by tensor, or by block, as :func:`~dltrain.debugger.layers.blocks_of` has them."""
     groups: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        groups.setdefault(_cut(name, depth), []).append(place)
-    return {name: _added(rows[places]) for name, places in groups.items()}
+    for place, block in enumerate(_blocks(tuple(names))):
+        groups.setdefault(block, []).append(place)
+    return {name: together(rows[places]) for name, places in groups.items()}
+
+
+@cache
+def _blocks(names: tuple[str, ...]) -> list[str]:
+    return blocks_of(names, MOST)
 
 
 def _of(tensors: Tensors, kind: str) -> tuple[list[str], Array]:
@@ -89,19 +94,10 @@ def _ratios(tensors: Tensors) -> Iterator[tuple[str, float]]:
         return
     beside = by_layer(names, np.stack([weights[name] for name in names]))
     for layer, row in by_layer(names, updates[there]).items():
-        if norm := float(reduce("l2", beside[layer])):
-            yield f"tensors_update_ratio/{layer}", float(reduce("l2", row)) / norm
-
-
-def _added(rows: Array) -> Array:
-    """Moments of a whole from those of its parts: [parts, 9] to [9]."""
-    return np.concatenate([rows[:, : len(SUMS)].sum(0), rows[:, len(SUMS) :].max(0)])
+        size = float(reduce("abs_mean", beside[layer])) + SMALL
+        yield f"tensors_update_ratio/{layer}", float(reduce("abs_mean", row)) / size
 
 
 def _bare(name: str) -> str:
     """The parameter's or module's name."""
-    return _FIRST.sub("", name.partition("/")[2] or name)
-
-
-def _cut(name: str, depth: int) -> str:
-    return ".".join(name.split(".")[:depth])
+    return _FIRST.sub("", bare(name))

@@ -123,7 +123,7 @@ def test_a_compiled_model_has_two_variants_and_is_noted_as_it_is_without() -> No
     torch._dynamo.reset()
     plain, watched = Blocks(), Blocks()
     watched.load_state_dict(plain.state_dict())
-    eager, noted = Activations(), Activations()
+    eager, noted = Activations(), Activations(compiled=True)
     eager.install(plain)
     noted.install(watched)
     watched.first.compile(backend=backend)
@@ -134,11 +134,12 @@ def test_a_compiled_model_has_two_variants_and_is_noted_as_it_is_without() -> No
         for model, activations in ((plain, eager), (watched, noted)):
             activations.begin(due, "train")
             model(values)
-            activations.end()
         rows = dict(noted.taken(build_mesh(Config().parallel, Environment(), CPU)))
         for name, row in eager.taken(build_mesh(Config().parallel, Environment(), CPU)):
             assert torch.allclose(rows.pop(name), row)
         assert not rows
+        noted.end()
+        eager.end()
         seen.append(compiled)
     without, both = seen[0], seen[1]
     assert without == 2  # one for each block

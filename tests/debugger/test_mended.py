@@ -48,10 +48,39 @@ def test_what_goes_into_a_module_that_works_in_place_is_noted_before() -> None:
     watched.install(model)
     watched.begin(frozenset(watched.names()), "train")
     model(torch.randn(16, 4))
-    watched.end()
     rows = dict(watched.taken(build_mesh(config.parallel, Environment(), CPU)))
+    watched.end()
     assert reduce("min", rows["1_input_0"].numpy()) < 0
     assert reduce("min", rows["1_output_0"].numpy()) == 0
+
+
+def test_units_after_a_convolution_over_time_are_its_channels() -> None:
+    config = Config(debugger=Debugger(every=Length.parse("1st")))
+    watched = Activations(Selection(config, Needs(first_input=True)))
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(1), nn.Linear(4 * 6, 5), nn.ReLU())
+    with torch.no_grad():
+        model[0].bias[1] = -100.0  # type: ignore[index]
+    watched.install(model)
+    watched.begin(frozenset(watched.names()), "train")
+    model(torch.stack([torch.full((16, 8), 3.0), torch.zeros(16, 8)], 1))
+    rows = {name: row.numpy() for name, row in watched.taken(build_mesh(config.parallel, Environment(), CPU))}
+    watched.end()
+    assert (rows["active/1"][0], rows["active/4"][0], rows["channels/0_input_0"][0]) == (4, 5, 2)
+    assert reduce("fraction_zero", rows["active/1"]) >= 1 / 4
+    assert reduce("max", rows["channels/0_input_0"]) == 3
+
+
+def test_modules_have_hooks_on_due_steps_alone() -> None:
+    config = Config(debugger=Debugger(every=Length.parse("1st")))
+    for compiled in (False, True):
+        watched = Activations(Selection(config, Needs()), compiled)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        watched.install(model)
+        assert bool(model[1]._forward_hooks) == compiled
+        watched.begin(frozenset(watched.names()), "train")
+        assert len(model[1]._forward_hooks) == 1
+        watched.end()
+        assert bool(model[1]._forward_hooks) == compiled
 
 
 def test_raw_tensors_of_few_bits_and_of_other_steps_are_read(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dltrain.config import Config, Length, Optim
 from dltrain.config.tree import Debugger
 from dltrain.metrics.forecasting import Forecasting
 from dltrain.tensorboard.layout import layout_of, tag_of
-from dltrain.tensorboard.settings import flattened, session_end, session_start
+from dltrain.tensorboard.settings import columns_of, session_end, session_start
 from dltrain.tensorboard.tensors import scalars
 from tests.tensorboard.made_up import statistics
 
@@ -65,7 +65,7 @@ def test_columns_are_settings_that_one_compares_runs_by() -> None:
 
 
 def test_trees_are_flattened() -> None:
-    assert flattened({"a": {"b": 1, "c": [2, 3]}, "d": False, "e": None}) == {
+    assert columns_of({"a": {"b": 1, "c": [2, 3]}, "d": False, "e": None}) == {
         "a.b": 1,
         "a.c": "2, 3",
         "d": "false",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dltrain import storage
-from dltrain.config import Config
+from dltrain.config import Config, flattened
 from dltrain.debugger.report.page import Section, folded, pairs, table, words
 from dltrain.debugger.rules.catalogue import names_of
 from dltrain.debugger.run import SavedRun
@@ -89,22 +89,12 @@ def _summary(run: SavedRun, record: Mapping[str, Any], config: Mapping[str, Any]
 
 
 def _changed(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    usual = _leaves(Config().model_dump(mode="json"))
+    usual = flattened(Config().model_dump(mode="json"))
     found = []
-    for name, value in _leaves(config).items():
+    for name, value in flattened(config).items():
         if name in _SHOWN_ELSEWHERE or (name in usual and usual[name] == value):
             continue
         found.append((name, _text(value), _text(usual[name]) if name in usual else ""))
-    return found
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            found |= _leaves(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
     return found
 
 

@@ -14,6 +14,7 @@ from dltrain.debugger.findings import Finding
 from dltrain.debugger.reductions import Array
 from dltrain.debugger.rules.base import TensorRule
 from dltrain.debugger.seen import Seen, Tensors, shown
+from dltrain.debugger.selection import STATES
 from dltrain.errors import UserError, nearest
 
 
@@ -27,7 +28,14 @@ def update_ratios(tensors: Tensors, epsilon: float) -> tuple[list[str], Array]:
     return list(both), ratios
 
 
-KINDS = ("weights", "gradients", "updates", "activations", "inputs", "exp_avg", "exp_avg_sq", "momentum_buffer")
+KINDS = (
+    "weights",
+    "gradients",
+    "updates",
+    "activations",
+    "inputs",
+    *(name for some in STATES.values() for name in some),
+)
 """Collections that rules may be told to look at."""
 
 

@@ -26,6 +26,7 @@ from dltrain.debugger.rules import activations, losses, tensors
 from dltrain.debugger.rules.base import Rule, TensorRule, Watch
 from dltrain.debugger.rules.catalogue import build
 from dltrain.debugger.seen import Index, Seen, Tensors
+from dltrain.debugger.shares import LEAST
 from dltrain.debugger.smdebug.events import Values
 from dltrain.errors import UserError
 
@@ -46,9 +47,6 @@ _OF_KIND: dict[type[Rule], str] = {
     tensors.UnchangedTensor: "weights",
 }
 """What rules look at that do not say it themselves."""
-
-DEAD = 0.01
-"""Of its elements a unit is active in fewer."""
 
 LEARNING_RATE = math.nan
 """It is not known, and it is not 0."""
@@ -172,24 +170,20 @@ _NO_TENSORS = ("losses", "scalar")
 
 
 def _rows(run: ImportedRun, tensor: ImportedTensor) -> Iterator[tuple[int, str, Array]]:
-    from dltrain.debugger.smdebug.run import row_of
+    from dltrain.debugger.smdebug.run import moments
 
     values, numbers, before = tensor.values(), tensor.numbers(), None
     kind, working = _units_of(tensor.name)
     for step in (each for each in tensor.steps if run.at(each).mode in ("train", "global")):
         if step not in values:
-            yield (
-                step,
-                tensor.name,
-                _row_of_numbers(numbers[step]),
-            )
+            yield step, tensor.name, _row_of_numbers(numbers[step])
             continue
         now = values[step]
-        yield step, tensor.name, row_of(now)
+        yield step, tensor.name, moments(now)
         if kind and working is not None and now.ndim > 1:
-            yield step, f"{kind}/{tensor.name.rpartition('_')[0].rpartition('_')[0]}", row_of(_shares(working(now)))
+            yield step, f"{kind}/{tensor.name.rpartition('_')[0].rpartition('_')[0]}", moments(_shares(working(now)))
         if run.kind_of(tensor.name) == "weights" and before is not None and before.shape == now.shape:
-            yield step, f"update/{tensor.name}", row_of(now - before)
+            yield step, f"update/{tensor.name}", moments(now - before)
         before = now
 
 
@@ -198,10 +192,10 @@ def _units_of(name: str) -> tuple[str, Callable[[Values], Values] | None]:
 
 
 def _shares(working: Values) -> Values:
-    """Of each unit, a channel of images or a feature of tokens: the share of its elements, 0 below :data:`DEAD`."""
+    """Of each unit, a channel of images or a feature of tokens: the share of its elements, 0 below :data:`LEAST`."""
     axis = 1 if working.ndim >= 4 else working.ndim - 1
     shares: Values = working.mean(tuple(each for each in range(working.ndim) if each != axis))
-    return np.where(shares < DEAD, 0.0, shares)
+    return np.where(shares < LEAST, 0.0, shares)
 
 
 def _row_of_numbers(kept: dict[str, float]) -> Array:

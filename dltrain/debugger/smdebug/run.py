@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from dltrain.debugger.findings import Finding
-from dltrain.debugger.moments import moments_of
+from dltrain.debugger.moments import row_of
 from dltrain.debugger.reductions import REDUCTIONS, Array, reduce
-from dltrain.debugger.seen import Seen, kind_of
+from dltrain.debugger.seen import Seen, kind_of, numbered
 from dltrain.debugger.smdebug.events import Values
 from dltrain.debugger.smdebug.folder import VALUE, At, Folder, Forms, Place
 from dltrain.debugger.smdebug.names import canonical
@@ -116,7 +116,7 @@ class ImportedTensor:
 
     def _at(self, step: int) -> Forms:
         if step not in self._forms:
-            raise UserError(f"{self.name} has nothing of step {step}; it has {_some(self.steps)}")
+            raise UserError(f"{self.name} has nothing of step {step}; it has {numbered(self.steps)}")
         return self._forms[step]
 
 
@@ -162,8 +162,7 @@ class ImportedRun:
         """weights, gradients, activations (what modules return), inputs (what they take in), losses or scalar."""
         if "losses" in self._folder.collections and self._belongs(name, "losses"):
             return "losses"
-        module = re.search(r"_(in|out)put_\d+$", name)
-        return kind_of(name) if module is None else "activations" if module[1] == "out" else "inputs"
+        return kind_of(name)
 
     def tensor(self, name: str, worker: str = "", mode: str = "") -> ImportedTensor:
         """A tensor by its canonical name, or the one it had; of the first worker that wrote it, or the one named.
@@ -198,7 +197,7 @@ class ImportedRun:
         wanted, until = set(steps), time.monotonic() + timeout
         while not wanted <= set(self.steps(mode)):
             if time.monotonic() > until:
-                raise UserError(f"{self._url} has no steps {_some(sorted(wanted - set(self.steps(mode))))}")
+                raise UserError(f"{self._url} has no steps {numbered(sorted(wanted - set(self.steps(mode))))}")
             time.sleep(1.0)
             self.refresh()
 
@@ -249,22 +248,15 @@ def _form_for(name: str, forms: Forms) -> str | None:
 
 def _number(name: str, form: str, values: Values) -> float:
     if form == VALUE:
-        return float(reduce(name, row_of(values)))
+        return float(reduce(name, moments(values)))
     return float(values) if form == name else float(_RELATED[name][1](float(values)))
 
 
-def row_of(values: Values) -> Array:
-    """Moments of values: float64 [9]."""
-    plain = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    row: Array = moments_of([plain])[0].numpy()
+def moments(values: Values) -> Array:
+    """Of values of any type: float64 [9]."""
+    row: Array = row_of(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))).numpy()
     return row
 
 
 def _there_is(kept: list[str]) -> str:
     return f"there is {', '.join(kept)}" if kept else "no reductions were kept either"
-
-
-def _some(steps: list[int]) -> str:
-    if not steps:
-        return "none"
-    return ", ".join(map(str, steps[:8])) + (f", ... {steps[-1]}" if len(steps) > 8 else "")

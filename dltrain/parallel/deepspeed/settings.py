@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from dltrain import storage
-from dltrain.config import Config, Optim
+from dltrain.config import Config, Optim, flattened
 from dltrain.errors import UserError
 from dltrain.parallel.deepspeed.keys import refuse_unknown
 
@@ -58,7 +58,7 @@ def deepspeed_settings(config: Config, data_ranks: int, device: torch.device) ->
     path = config.parallel.deepspeed.config
     tree = _read(path) if path else {}
     refuse_unknown(tree, path)
-    given = {key: value for key, value in _leaves(tree) if value is not None and value != "auto"}
+    given = {key: value for key, value in flattened(tree).items() if value is not None and value != "auto"}
     agreed = _agreed(config, data_ranks)
     for key, value in given.items():
         _refuse_scheduler(key, value, path, config)
@@ -185,14 +185,6 @@ def _passed(config: Config) -> dict[str, Any]:
         "torch_autocast.dtype": "bfloat16",
         "torch_autocast.lower_precision_safe_modules": [],
     }
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
