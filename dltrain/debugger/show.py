@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dltrain.config import Length
 from dltrain.debugger.layers import Layers, layers_of, ratios
 from dltrain.debugger.reductions import Array
 from dltrain.debugger.run import SavedRun, open_run
@@ -55,7 +56,7 @@ def show_run(url: str, rules: Sequence[str] | None) -> int:
 def _why_none(run: SavedRun | ImportedRun) -> str:
     """Of a run without statistics: they were not asked for, or no step was due so far."""
     settings = {} if isinstance(run, ImportedRun) else run.record().get("config", {}).get("debugger", {})
-    asked = not settings or any(settings.get(name) for name in ("every", "steps", "collections"))
+    asked = not settings or Length.parse(settings["every"]) or settings["steps"] or settings["collections"]
     return "no statistics yet" if asked else "no statistics of tensors: the debugger was off (--debugger.every 50st)"
 
 

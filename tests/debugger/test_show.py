@@ -106,3 +106,11 @@ def test_names_and_tensors_by_the_command(cli: Cli, tmp_path: Path) -> None:
     recorded(tmp_path / "runs/mine", steps=5)
     assert cli("debug", "show", "mine", "--names").out.startswith("weights (12)\n")
     assert "not allowed with" in cli("debug", "show", "mine", "--names", "--tensor", "head.weight").err
+
+
+def test_a_run_that_was_only_profiled_has_no_statistics_of_tensors(cli: Cli) -> None:
+    done = cli("train", "image/classify", "--preset", "digits", "--run.length", "25st", "--profiler.every", "1st")
+    assert done.status == 0, done.err
+    shown = cli("debug", "show", done.result["run"]).out
+    assert "no statistics of tensors: the debugger was off" in shown
+    assert "timed steps" in shown
