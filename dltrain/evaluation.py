@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,12 +22,24 @@ from dltrain.parallel.engine import Engine
 from dltrain.runtime.environment import Environment
 from dltrain.task import Task
 
+STOP_EVERY = 8
+"""Batches of an evaluation between which ranks agree on whether to break it off: the same on all of them."""
+
+
+class BrokenOff(Exception):
+    """An evaluation that is not to be finished."""
+
 
 def evaluate(
-    engine: Engine, task: Task, loader: Loader, watch: Callable[[Batch, Any, Tensor], object] | None = None
+    engine: Engine,
+    task: Task,
+    loader: Loader,
+    watch: Callable[[Batch, Any, Tensor], object] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Metric:
     """One pass over the loader's epoch with the averaged weights, where an average is kept; collective. Returns the
     metric, its sums reduced over all ranks. Who wants to ``watch`` is given each batch with its predictions and losses.
+    Where any rank's ``stop`` says so, all raise :class:`BrokenOff`.
 
     The padded tail keeps ranks in step and counts for nothing. Raises :class:`UserError` when the samples counted are
     not those of the data set.
@@ -34,7 +47,9 @@ def evaluate(
     metric = task.metrics()
     loader.position = 0
     with engine.averaged():
-        for batch in loader:
+        for place, batch in enumerate(loader):
+            if stop is not None and place % STOP_EVERY == 0 and _any_rank(stop()):
+                raise BrokenOff
             outputs, losses = engine.evaluate(batch)
             if engine.counts:
                 metric.update(outputs, losses, batch)
@@ -45,6 +60,14 @@ def evaluate(
     if round(counted) != loader.samples:
         raise UserError(f"the evaluation counted {counted:.0f} samples of {loader.samples}: its metric is at fault")
     return metric
+
+
+def _any_rank(stops: bool) -> bool:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return stops
+    found = torch.tensor(int(stops))  # on the host: no stream waits for it
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def write_report(metric: Metric, folder: Path, facts: dict[str, Any], environment: Environment) -> Path:

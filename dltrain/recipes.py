@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +37,7 @@ class Declarations:
     def summary(self) -> str:
         return self.doc.strip().splitlines()[0] if self.doc.strip() else ""
 
-    def configure(self, preset: str, overrides: dict[str, Any], file: Path | None = None) -> Config:
+    def configure(self, preset: str, overrides: Mapping[str, Any], file: Path | None = None) -> Config:
         """The config of a preset (which may be empty), of a YAML file, or of the run that ``run.resume`` names, with
         overrides. Raises :class:`UserError`."""
         check_keys(self.config, [key.replace("__", ".") for key in overrides])
@@ -46,7 +46,7 @@ class Declarations:
             raise UserError(f"recipe {self.name} has no preset {preset!r}; {nearest(preset, self.presets)}")
         return load_overrides(self._base(preset, overrides, file), overrides)
 
-    def _base(self, preset: str, overrides: dict[str, Any], file: Path | None) -> Config:
+    def _base(self, preset: str, overrides: Mapping[str, Any], file: Path | None) -> Config:
         if file is not None:
             if preset or not file.is_file():
                 reason = "--preset and --config are both given" if preset else f"there is no config file {file}"

@@ -22,7 +22,7 @@ from dltrain.data.batch import Batch
 from dltrain.data.loader import Loader
 from dltrain.data.order import step_key
 from dltrain.errors import UserError, nearest
-from dltrain.evaluation import evaluate
+from dltrain.evaluation import BrokenOff, evaluate
 from dltrain.hooks.base import EVENTS, NOTHING, Hook, Request
 from dltrain.hooks.meter import Meter
 from dltrain.metrics.base import Metric
@@ -95,6 +95,15 @@ class Trainer:
     def fit(self) -> str:
         """Train to the end of the run, or until asked to stop. Returns ``finished`` or ``stopped``."""
         self.status = "running"
+        try:
+            return self._fit()
+        except BrokenOff:
+            return self._interrupt(NOTHING if self._finished() else Request.EVALUATE)
+        except Exception as error:
+            error.dltrain_step = self.step + 1  # type: ignore[attr-defined]  # who tells of it says where it was
+            raise
+
+    def _fit(self) -> str:
         with closing(self._begin()) as batches:
             while not self._finished():
                 before = (self.step, self.position)
@@ -145,7 +154,7 @@ class Trainer:
         self._drain()
         self._tell("evaluation_start")
         watch = partial(self._tell, "evaluation_batch") if self._listeners["evaluation_batch"] else None
-        metric = evaluate(self.engine, self.task, self.evaluation, watch)
+        metric = evaluate(self.engine, self.task, self.evaluation, watch, self._stops)
         self.scores, self.last_metric, self._evaluation_left = metric.compute(), metric, False
         record = {"step": self.step, "epoch": self.epoch, **{f"evaluation/{k}": v for k, v in self.scores.items()}}
         self._tell("evaluation_end", record)
@@ -231,7 +240,7 @@ class Trainer:
 
     def _request_from_here(self) -> None:
         """This rank's wishes: a signal's, and on rank 0 the clock's."""
-        if self._stop:
+        if self._stops():
             self._requests |= Request.STOP
         if not self._timed or (dist.is_initialized() and dist.get_rank()):
             return
@@ -241,6 +250,9 @@ class Trainer:
             if passed > self._passed.get(request, 0):
                 self._passed[request] = passed
                 self._requests |= request
+
+    def _stops(self) -> bool:
+        return self._stop.look(0.0 if self.checkpointer is None else self.checkpointer.longest)
 
     def _read(self, up_to: int) -> Request:
         """Read the values of steps up to ``up_to``, log what is due, and return what the ranks have asked for."""

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,27 @@ it has one that is not."""
 
 
 class Checkpointer:
-    """Checkpoints of one run in ``folder``; the last ``keep`` and the best one stay."""
+    """Checkpoints of one run in ``folder``; the last ``keep`` and the best one stay.
 
-    def __init__(self, folder: Path, keep: int, environment: Environment) -> None:
+    ``grace`` is how many seconds an interruption leaves: a save that takes longer is told once. Where the folder is not
+    ``shared``, each host has one of its own with what its ranks have saved, and somebody brings them together before
+    the run is started again, as SageMaker does.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, environment: Environment, grace: float = math.inf, shared: bool = True
+    ) -> None:
         self.folder = folder
+        self._shared = shared or environment.nodes == 1
+        self._tidies = environment.is_main if self._shared else environment.local_rank == 0
+        self.longest = 0.0
+        """Seconds that the longest save so far has taken."""
+        self._grace = grace
         self._keep = keep
         self._environment = environment
         self._whole: int | None = None  # the step that lies there as this process has it
         self._checked: Path | None = None
-        self._seen_by_all = environment.world_size == 1
+        self._seen_by_all = environment.world_size == 1 or not self._shared
 
     def save(self, step: int, engine: Engine, state: dict[str, Any]) -> Path:
         """Save and commit; collective. ``state`` is JSON, equal on every rank.
@@ -58,7 +72,8 @@ class Checkpointer:
         path = step_folder(self.folder, step)
         if step == self._whole:
             return path
-        if self._environment.is_main:
+        started = time.monotonic()
+        if self._tidies:
             (path / COMMITTED).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
@@ -70,11 +85,21 @@ class Checkpointer:
             storage.write(str(path / STATE), _as_json(state).encode())
             files |= _checksums(path, [STATE, ".metadata"])
             storage.write(str(path / COMMITTED), json.dumps({"step": step, "files": files}, indent=1).encode())
-            self._prune()
+        self._prune()
         _barrier()
         self._refuse_unshared(path)
         self._whole = step
+        self._note(time.monotonic() - started)
         return path
+
+    def _note(self, seconds: float) -> None:
+        if seconds > self._grace >= self.longest:
+            warn(
+                self._environment,
+                f"saving took {seconds:.0f} s, and an interruption leaves {self._grace:g} (run.grace): what came after "
+                "the last checkpoint may be lost; save more often, or let more ranks share it (parallel.dp_shard)",
+            )
+        self.longest = max(self.longest, seconds)
 
     def load(self, path: Path, engine: Engine) -> dict[str, Any]:
         """Give the engine its tensors and return the rest of the state; collective. Raises :class:`UserError`."""
@@ -100,7 +125,7 @@ class Checkpointer:
         """Load, and go on from there: later checkpoints, damaged ones among them, are dropped; collective."""
         best = self.load(path, engine).get("best")
         self._whole = int(json.loads((path / COMMITTED).read_text())["step"])
-        if self._environment.is_main:
+        if self._tidies:
             for later in committed(self.folder):
                 if later.name > path.name:
                     self._drop(later)
@@ -110,7 +135,8 @@ class Checkpointer:
 
     def latest(self) -> Path | None:
         """The last committed checkpoint whose files are whole; collective. Damaged ones are passed over, aloud."""
-        for path in _from_main(committed(self.folder)[::-1]):
+        for name in _from_main([path.name for path in committed(self.folder)[::-1]]):
+            path = self.folder / name
             damage = [found for found in _gather(self._damage(path)) if found]
             if not damage:
                 self._checked = path
@@ -126,26 +152,33 @@ class Checkpointer:
 
     def best(self) -> Path | None:
         """The checkpoint marked best, as rank 0 sees it; collective."""
-        found: Path | None = _from_main(best_checkpoint(self.folder))
-        return found
+        found = best_checkpoint(self.folder)
+        name = _from_main(None if found is None else found.name)
+        return None if name is None else self.folder / str(name)
 
     def mark_best(self, step: int, metric: str, value: float) -> None:
-        """Keep the checkpoint of ``step`` as the best until another is marked."""
+        """Keep the checkpoint of ``step`` as the best until another is marked; by all ranks."""
         if self._environment.is_main:
             record = {"step": step, "metric": metric, "value": value}
             storage.write(str(self.folder / BEST), json.dumps(record).encode())
-            self._prune()
+        self._prune()
 
     def _prune(self) -> None:
-        best = best_checkpoint(self.folder)
-        for path in committed(self.folder)[: -self._keep]:
-            if path != best:
-                self._drop(path)
+        """What rank 0 sees is too old goes, on each host that has a part of it."""
+        old: list[str] = []
+        if self._environment.is_main:
+            best = best_checkpoint(self.folder)
+            old = [path.name for path in committed(self.folder)[: -self._keep] if path != best]
+        if not self._shared:
+            old = _from_main(old)
+        if self._tidies:
+            for name in old:
+                self._drop(self.folder / name)
 
     @staticmethod
     def _drop(path: Path) -> None:
-        (path / COMMITTED).unlink()
-        shutil.rmtree(path)
+        (path / COMMITTED).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=not path.exists())
 
     def _refuse_unshared(self, path: Path) -> None:
         """Ranks that do not see what rank 0 has written could never load it."""
@@ -157,11 +190,13 @@ class Checkpointer:
         self._seen_by_all = True
 
     def _damage(self, path: Path) -> str:
-        """What is wrong with this rank's share of the files; empty when nothing is."""
+        """What is wrong with this rank's share of the files that its host has; empty when nothing is."""
+        here = self._environment
+        rank, ranks = (here.rank, here.world_size) if self._shared else (here.local_rank, here.local_world_size)
         try:
             files = json.loads((path / COMMITTED).read_text())["files"]
             for place, (name, expected) in enumerate(sorted(files.items())):
-                if place % self._environment.world_size != self._environment.rank:
+                if place % ranks != rank:
                     continue
                 found = _checksums(path, [name])[name]
                 if found != expected:

@@ -6,6 +6,7 @@ a hyperparameter (``optim__learning_rate``). Each mistake is one sentence that n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_args, get_origin
@@ -177,7 +178,10 @@ def _dotted(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "")
 
 
 def _parse(name: str, value: Any, field: FieldInfo) -> Any:
-    """Text for a list or a mapping is read as YAML; all other text is left to the field's own type."""
+    """Text for a list or a mapping is read as YAML; all other text is left to the field's own type. Numbers become
+    text where that is wanted: SageMaker cannot tell the name ``7`` from a number."""
+    if field.annotation is str and isinstance(value, int | float):
+        return json.dumps(value)
     if isinstance(value, str) and _is_collection(field.annotation):
         try:
             parsed = yaml.safe_load(value)

@@ -65,6 +65,14 @@ class Run(Section):
     """Interval in steps between checks that ranks hold the same weights, buffers and learning rates; 0st makes none."""
     collect_every: int = NotNegative
     """Collect Python's garbage after so many steps, on all ranks at once, and never between; 0 leaves it to Python."""
+    deadline: Length = Length.parse("0h")
+    """Hours from the start of the job by which it has saved and stopped, as SageMaker's and Slurm's limits want it; 0h
+    sets none."""
+    stop_file: str = ""
+    """A file whose appearance on any host asks the run to save and stop."""
+    grace: float = Field(default=120.0, gt=0)
+    """Seconds that a signal to stop leaves until the end by force: SageMaker's are 120, Kubernetes' 30. Where saving
+    was seen to take longer, that is told."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What follows a gradient that is not finite. Either way the update is skipped on the device."""
 
@@ -375,6 +383,8 @@ class Config(Section):
         for name, length in (*lengths, *_milestones(self.schedule)):
             if length.unit == "h":
                 raise ValueError(f"{name} is {length}: give it in epochs (ep) or steps (st)")
+        if self.run.deadline.unit != "h":
+            raise ValueError(f"run.deadline is {self.run.deadline}: give it in hours (h)")
         if self.run.check_every.unit != "st":
             raise ValueError(f"run.check_every is {self.run.check_every}: give it in steps (st)")
         if self.run.length.unit == "h" and self.schedule.name == "cosine":

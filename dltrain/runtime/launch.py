@@ -1,13 +1,12 @@
 """Starting the ranks of one host, and ending all of them when one fails. Imports no torch.
 
 Each rank is an ordinary process with the variables torchrun would set, so a script cannot tell the two apart. A rank
-that fails writes what happened to a file; the launcher shows the first failure alone, not the collapse of its peers.
+that fails leaves word of what happened (:mod:`dltrain.runtime.word`); the launcher shows the first failure alone, not
+the collapse of its peers.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import signal
 import socket
@@ -22,14 +21,10 @@ from typing import Self
 
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
 from dltrain.runtime.environment import cores
-
-FAILURES = "DLTRAIN_FAILURES"
-"""Variable that names the folder for failure files."""
+from dltrain.runtime.word import FAILURES, failures_in, ready_in, running_in, stopped_in
 
 RECIPE = "DLTRAIN_RECIPE"
 """Variable that says by what name the recipe was started."""
-
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 GRACE_SECONDS = 5.0
 """How long the other ranks have to end after one failed, before they are killed."""
@@ -73,36 +68,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def report_failure(rank: int, message: str, status: int) -> bool:
-    """Leave word for the launcher; returns whether there is one that will show it."""
-    folder = os.environ.get(FAILURES)
-    if folder is None:
-        return False
-    record = {"rank": rank, "time": time.time(), "message": message, "status": status}
-    Path(folder, f"rank-{rank}.json").write_text(json.dumps(record))
-    return True
-
-
-def report_running(rank: int, running: bool) -> None:
-    """Tell the launcher that this rank is at work, or no longer: one that ends in between has failed, whatever its
-    status says."""
-    folder = os.environ.get(FAILURES)
-    if folder is None:
-        return
-    mark = Path(folder, f"running-{rank}")
-    mark.touch() if running else mark.unlink(missing_ok=True)
-
-
-def report_ready(rank: int) -> None:
-    """Tell the launcher that this rank listens to signals; before, it has nothing to save and is simply ended."""
-    folder = os.environ.get(FAILURES)
-    if folder is None:
-        return
-    if sys.platform == "linux":  # should the launcher be killed, its ranks are told to save and stop
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    Path(folder, f"ready-{rank}").touch()
-
-
 class _Forwarded:
     """Hands signals on to the ranks while they run; a closed terminal's as SIGTERM."""
 
@@ -114,10 +79,11 @@ class _Forwarded:
         self._before: dict[int, signal._HANDLER] = {}
 
     def _send(self, number: int, frame: FrameType | None) -> None:
+        ready = ready_in(self._folder)
         for rank, process in enumerate(self._processes):
             if process.poll() is not None:
                 continue
-            if (self._folder / f"ready-{rank}").exists():
+            if rank in ready:
                 process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
             else:
                 process.kill()
@@ -147,7 +113,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> tuple[s
 
 def _failed(process: subprocess.Popen[bytes], rank: int, folder: Path) -> bool:
     status = process.poll()
-    return status is not None and (status not in (0, EXIT_STOPPED) or (folder / f"running-{rank}").exists())
+    return status is not None and (status != 0 or rank in running_in(folder))
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
@@ -168,15 +134,15 @@ def _verdict(processes: Sequence[subprocess.Popen[bytes]], first: set[int], kill
     The collapse of peers that waited for a dead rank is not shown. A rank that was aborted is such a peer where another
     has told of an exception: gloo and NCCL abort when their peers are gone.
     """
-    failures = sorted((json.loads(file.read_text()) for file in folder.glob("rank-*.json")), key=lambda f: f["time"])
-    mistakes = [failure for failure in failures if failure["status"] == EXIT_USER_ERROR]
-    spoken = {failure["rank"] for failure in failures} | killed
+    failures = failures_in(folder)
+    mistakes = [failure for failure in failures if failure.status == EXIT_USER_ERROR]
+    spoken = {failure.rank for failure in failures} | killed
     silent = [rank for rank, each in enumerate(processes) if _failed(each, rank, folder) and rank not in spoken]
     silent = [rank for rank in silent if not (failures and processes[rank].returncode == -signal.SIGABRT)]
     if mistakes or (failures and not silent):
         shown = (mistakes or failures)[0]
-        print(shown["message"], file=sys.stderr)
-        return int(shown["status"])
+        print(shown.message, file=sys.stderr)
+        return shown.status
     if silent:
         rank = min(silent, key=lambda rank: (rank not in first, rank))
         status = processes[rank].returncode
@@ -185,4 +151,4 @@ def _verdict(processes: Sequence[subprocess.Popen[bytes]], first: set[int], kill
             f"dltrain: rank {rank} {how} before its work was done; checkpoints it had saved are whole", file=sys.stderr
         )
         return 128 - status if status < 0 else int(status) or 1
-    return max(process.returncode for process in processes)
+    return EXIT_STOPPED if stopped_in(folder) else 0

@@ -1,30 +1,71 @@
-"""Requests to stop: SIGTERM (spot interruption, a scheduler) and Ctrl-C.
+"""Requests to stop: SIGTERM (spot interruption, a scheduler), Ctrl-C, a deadline, a file, a parent that has died.
 
-The handler only sets a flag. The loop reads it at a step boundary and the ranks agree on when to stop, so that all of
-them save the same step. A second Ctrl-C ends at once.
+A signal's handler only sets a flag. The loop looks at a step boundary and the ranks agree on when to stop, so that all
+of them save the same step. A second Ctrl-C ends at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from dltrain.config import Run
 
 ONE_PRESS = 1.0
 """Seconds within which signals count as one: a launcher may hand on what the terminal has sent already."""
 
+LOOK_EVERY = 1.0
+"""Seconds between looks at the clock, the file and the parent."""
+
+STARTED = "DLTRAIN_STARTED"
+"""Variable that says when the job began, in seconds of the epoch: deadlines count from there."""
+
+MARGIN = 5.0
+"""Seconds before a deadline that are left beside what a stop has been seen to cost."""
+
 
 class StopFlag:
-    """Why this process was asked to stop; empty until it is."""
+    """Why this process was asked to stop; empty until it is.
 
-    def __init__(self) -> None:
+    ``run`` gives the deadline and the file; without it signals alone count.
+    """
+
+    def __init__(self, run: Run | None = None) -> None:
         self.reason = ""
         self._first = 0.0
+        self._next = 0.0
+        self._parent = os.getppid()
+        self._file = Path(run.stop_file) if run is not None and run.stop_file else None
+        began = float(os.environ.get(STARTED) or time.time())
+        self._deadline = began + run.deadline.seconds if run is not None and run.deadline else 0.0
+        self._deadline_said = "" if run is None else str(run.deadline)
 
     def __bool__(self) -> bool:
         return bool(self.reason)
+
+    def look(self, cost: float) -> bool:
+        """Whether it is time to stop, where that takes about ``cost`` seconds; looks beside signals now and then."""
+        if self.reason:
+            return True
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + LOOK_EVERY
+            self.reason = self._found(cost)
+        return bool(self.reason)
+
+    def _found(self, cost: float) -> str:
+        if os.getppid() != self._parent:
+            return "the process that started it has ended"
+        if self._file is not None and self._file.exists():
+            return f"run.stop_file {self._file} is there"
+        if self._deadline and time.time() + cost + MARGIN >= self._deadline:
+            return f"run.deadline {self._deadline_said} is near"
+        return ""
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if not self.reason:
@@ -35,9 +76,9 @@ class StopFlag:
 
 
 @contextmanager
-def stop_flag() -> Iterator[StopFlag]:
+def stop_flag(run: Run | None = None) -> Iterator[StopFlag]:
     """Catch SIGTERM and SIGINT while the body runs."""
-    flag = StopFlag()
+    flag = StopFlag(run)
     before = {number: signal.signal(number, flag.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield flag

@@ -72,7 +72,7 @@ def test_the_launcher_ends_all_when_one_fails(capfd: pytest.CaptureFixture[str])
     assert "rank 1 ended with status 3" in capfd.readouterr().err
 
 
-RUNNING = "import os, sys, time; from dltrain.runtime.launch import *; rank = int(os.environ['RANK'])"
+RUNNING = "import os, sys, time; from dltrain.runtime.word import *; rank = int(os.environ['RANK'])"
 
 
 def test_a_rank_that_leaves_in_the_middle_has_failed_whatever_its_status(capfd: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +89,8 @@ def test_the_first_death_is_told_not_that_of_a_peer_which_followed(capfd: pytest
     code = f"{RUNNING}; rank == 1 or time.sleep(0.5); os.kill(os.getpid(), 9 if rank == 1 else 6)"
     assert launch([sys.executable, "-c", code], 2) == 128 + 9
     assert "rank 1 was ended by SIGKILL" in capfd.readouterr().err
-    code = f"{RUNNING}; rank == 0 and os.abort(); report_failure(1, 'the reason', 1); time.sleep(0.5); sys.exit(1)"
+    code = f"{RUNNING}; rank == 0 and os.abort(); report_failure(Failure(1, 'the reason', 1)); time.sleep(0.5)"
+    code += "; sys.exit(1)"
     assert launch([sys.executable, "-c", code], 2) == 1
     assert capfd.readouterr().err.splitlines()[-1] == "the reason"
 
