@@ -44,16 +44,24 @@ from dltrain.parallel.weights import Weights
 from dltrain.planning import plan
 from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
-from dltrain.runtime.environment import Environment
-from dltrain.runtime.launch import RECIPE, report_failure, report_ready, report_running
+from dltrain.runtime.environment import Environment, rendezvous
+from dltrain.runtime.launch import RECIPE
 from dltrain.runtime.logs import say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
+from dltrain.runtime.word import Failure, report_failure, report_ready, report_running, report_stopped
 from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
 from dltrain.sagemaker.debug_hook import apply_debug_hook
+from dltrain.sagemaker.failure import is_of_peers, write_failure
+from dltrain.sagemaker.hyperparameters import Hyperparameters
+from dltrain.sagemaker.placing import placed
+from dltrain.sagemaker.training_job import TrainingJob
 from dltrain.task import Task
 from dltrain.trainer import Trainer
 from dltrain.verification import record_steps
+
+PEERS_SPEAK = 3.0
+"""Seconds that a rank waits before it tells that its peers are gone."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,32 @@ class Job:
     preset: str
     config: Config
     environment: Environment
+    of: TrainingJob | None = None
+    """The job of SageMaker's that it is part of."""
 
 
 def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
     """Run a recipe file as a program. Exits 0, 2 after the user's mistake, 75 when stopped and resumable."""
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise TypeError(f"main() takes a class derived from Task, not {task!r}")
-    environment = Environment.read()
+    environment = _environment()
     report_running(environment.rank, True)
     status = _guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment)
     report_running(environment.rank, False)
     if environment.world_size > 1:
         _leave(status)
     sys.exit(status)
+
+
+def _environment() -> Environment:
+    """Where this rank stands, in torch's own variables as well."""
+    try:
+        environment = Environment.read()
+    except UserError as error:
+        print(f"dltrain: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    os.environ.update(rendezvous(environment, os.environ))
+    return environment
 
 
 def _leave(status: int) -> None:
@@ -94,16 +115,18 @@ def train(job: Job) -> int:
     started = time.monotonic()
     check_layout(job.config, job.environment)
     storage.configure(job.config.storage)
-    with joined(job.config, job.environment) as device, stop_flag() as stop:
+    with joined(job.config, job.environment) as device, stop_flag(job.config.run) as stop:
         report_ready(job.environment.rank)
         job = _with_one_debugger(job)
         task = job.task(job.config)
         mesh = build_mesh(job.config.parallel, job.environment, device)
         place = Place(job.config, task, job.environment, mesh, device)
         data = open_data(job.config, task, job.environment)
-        run: RunFolder = _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset))
+        run = _own(job, _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset)))
         loader = train_loader(data, place, run.quarantine)
-        checkpointer = Checkpointer(run.checkpoints, job.config.checkpoint.keep, job.environment)
+        checkpointer = Checkpointer(
+            run.checkpoints, job.config.checkpoint.keep, job.environment, job.config.run.grace, _is_shared(job, run)
+        )
         hooks = hooks_of(job.config, task, run, job.environment)
         weights = None if _goes_on(job, run) else starting_weights(job.config, job.environment)
         trainer = Trainer(
@@ -121,7 +144,7 @@ def train(job: Job) -> int:
             _resume(job, run, trainer, checkpointer)
             with _recorded(job, run, data.train, hooks, weights):
                 status = trainer.fit()
-                return _conclude(job, run, trainer, status, time.monotonic() - started, hooks)
+                return _conclude(job, run, trainer, status, time.monotonic() - started, hooks, stop.reason)
 
 
 def evaluate_run(job: Job, run: RunFolder) -> int:
@@ -150,21 +173,27 @@ def evaluate_run(job: Job, run: RunFolder) -> int:
 
 
 def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -> int:
-    words, overrides = split_arguments(arguments)
+    job = TrainingJob.read()
+    given = Hyperparameters() if job is None else job.hyperparameters
+    words, overrides = split_arguments(given.arguments(arguments))
     if words[:1] == ["plan"]:
         return plan(task, _declared(task), words[1:], overrides)
     parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules[task.__module__]))
     parser.add_argument("command", nargs="?", choices=("train", "eval", "verify"), default="train")
     parser.add_argument("run", nargs="?", help="the run to evaluate, or the folder of what verify compares")
     parser.add_argument("--steps", type=int, default=10, help="of verify")
-    parser.add_argument("--preset", default="")
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--preset", default=given.words.get("preset", ""))
+    parser.add_argument("--config", type=Path, default=given.words.get("config"))
     known = parser.parse_args(words)
     recipe = _declared(task)
     if known.command == "train":
-        config = apply_channels(recipe.configure(known.preset, overrides, known.config), read_channels())
-        config = apply_debug_hook(config, overrides, environment)
-        return train(Job(task, recipe.name, known.preset, config, environment))
+        settings = {**given.settings, **overrides}
+        config = apply_channels(recipe.configure(known.preset, settings, known.config), read_channels())
+        config = apply_debug_hook(config, settings, environment)
+        for told in given.told:
+            say(environment, told)
+        config = config if job is None else placed(config, job, settings)
+        return train(Job(task, recipe.name, known.preset, config, environment, job))
     if known.run is None:
         raise UserError(f"{known.command} needs a folder: {known.command} FOLDER")
     if known.command == "verify":
@@ -184,6 +213,28 @@ def _declared(task: type[Task]) -> Declarations:
     path = Path(inspect.getfile(task))
     name = os.environ.get(RECIPE, recipe_name(str(path)))
     return describe_module(module, name, path, module.__doc__ or "")
+
+
+def _own(job: Job, run: RunFolder) -> RunFolder:
+    """The run that rank 0 has chosen as this host has it, where each has a folder of its own."""
+    folder = Path(job.config.run.folder).expanduser()
+    there = RunFolder(folder / run.name)
+    return run if job.of is None or _is_shared(job, there) else there
+
+
+def _checkpointer(job: Job, run: RunFolder) -> Checkpointer:
+    config = job.config
+    return Checkpointer(
+        run.checkpoints, config.checkpoint.keep, job.environment, config.run.grace, _is_shared(job, run)
+    )
+
+
+def _is_shared(job: Job, run: RunFolder) -> bool:
+    """Whether all hosts see the run's folder: those that SageMaker copies are each host's own."""
+    if job.of is None:
+        return True
+    own = [job.of.folders.output, *([] if job.of.checkpoints is None else [job.of.checkpoints.folder])]
+    return not any(run.path.resolve().is_relative_to(folder.resolve()) for folder in own)
 
 
 def _with_one_debugger(job: Job) -> Job:
@@ -294,12 +345,17 @@ def _record_end(job: Job, run: RunFolder, status: str, **facts: Any) -> None:
         run.update(status=status, **facts)
 
 
-def _conclude(job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: float, hooks: list[Hook]) -> int:
-    """Report, record, and the last line."""
+def _conclude(
+    job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: float, hooks: list[Hook], reason: str
+) -> int:
+    """Report, record, and the last line; ``reason`` is why this rank was asked to stop."""
     if status == "stopped":
-        _record_end(job, run, status, step=trainer.step, micro_batch=trainer.engine.micro_batch)
-        say(job.environment, f"stopped and saved at step {trainer.step}; go on with: --run.resume {run.path}")
-        return EXIT_STOPPED
+        _record_end(job, run, status, step=trainer.step, micro_batch=trainer.engine.micro_batch, reason=reason)
+        why = f" ({reason})" if reason else ""
+        say(job.environment, f"stopped and saved at step {trainer.step}{why}; go on with: --run.resume {run.path}")
+        told = report_stopped(job.environment.rank, reason, trainer.step)
+        # torchrun and srun take every status but 0 for a failure, and end or start again what is whole
+        return 0 if told or job.environment.launcher else EXIT_STOPPED
     if trainer.last_metric is not None and job.config.evaluation.report:
         path = step_folder(run.checkpoints, trainer.step)
         facts = _report_facts(run, trainer.step, path, job.config)
@@ -327,14 +383,27 @@ def _show(result: dict[str, Any]) -> None:
 
 def _guarded(body: Any, environment: Environment) -> int:
     """Run ``body``; the user's mistake becomes one sentence, anything else keeps its traceback."""
+    rank = environment.rank
     try:
         return int(body())
     except UserError as error:
-        message, status = f"dltrain: error: {error}", EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        message, status = "dltrain: interrupted; the last saved checkpoint is whole", EXIT_INTERRUPTED
-    except Exception:  # noqa: BLE001 - shown whole, by the launcher or here
-        message, status = f"dltrain: rank {environment.rank} failed:\n{traceback.format_exc()}", 1
-    if not report_failure(environment.rank, message, status):
-        print(message, file=sys.stderr, flush=True)
-    return status
+        failure = Failure.of(error, rank, f"dltrain: error: {error}", EXIT_USER_ERROR)
+    except KeyboardInterrupt as error:
+        failure = Failure.of(error, rank, "dltrain: interrupted; the last saved checkpoint is whole", EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - shown whole, by the launcher or here
+        failure = Failure.of(error, rank, f"dltrain: rank {rank} failed:\n{traceback.format_exc()}", 1)
+    if not report_failure(failure):
+        _leave_word(failure)
+        print(failure.message, file=sys.stderr, flush=True)
+    return failure.status
+
+
+def _leave_word(failure: Failure) -> None:
+    """For SageMaker, where no launcher of ours does it; a rank whose peers are gone lets them speak first."""
+    try:
+        job = TrainingJob.read()
+    except UserError:
+        return  # a job that is described so badly has no folder for it
+    if job is not None:
+        time.sleep(PEERS_SPEAK if is_of_peers(failure) else 0)
+        write_failure(job.folders, failure, job.host)

@@ -23,8 +23,8 @@ from dltrain import storage
 from dltrain.config import Config, Length
 from dltrain.errors import UserError
 from dltrain.runtime.environment import Environment
+from dltrain.sagemaker.folders import Folders
 
-BASE = "/opt/ml"
 CONFIG = "inputdataconfig.json"
 INDEX = "-index"
 """Ends the name of a second channel, FullyReplicated, that holds ``manifest.json`` and the indexes of the first."""
@@ -72,9 +72,8 @@ def read_channels(variables: Mapping[str, str] | None = None) -> dict[str, Chann
     what is none of the three modes.
     """
     variables = os.environ if variables is None else variables
-    given = Path(variables.get("SM_INPUT_DIR") or Path(variables.get("SAGEMAKER_BASE_DIR") or BASE) / "input")
-    file = Path(variables.get("SM_INPUT_CONFIG_DIR") or given / "config") / CONFIG
-    data = Path(variables.get("SM_INPUT_DATA_DIR") or given / "data")
+    folders = Folders.read(variables)
+    file, data = folders.config / CONFIG, folders.data
     if file.is_file():
         tree = _parsed(file.read_text(), str(file))
     else:

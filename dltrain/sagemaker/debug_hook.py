@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from dltrain import storage
@@ -26,8 +25,8 @@ from dltrain.config import Config, Debugger
 from dltrain.errors import UserError, nearest
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.logs import warn
-from dltrain.sagemaker.channels import BASE
 from dltrain.sagemaker.debug_collections import Complaints, settings_of
+from dltrain.sagemaker.folders import Folders
 
 C = TypeVar("C", bound=Config)
 
@@ -72,10 +71,7 @@ def find_file(setting: str, variables: Mapping[str, str]) -> str | None:
     """Where the configuration lies, or None. Raises :class:`UserError` where the setting names nothing."""
     if setting == OFF or (not setting and variables.get("USE_SMDEBUG", "").lower() in ("0", "false")):
         return None
-    base = Path(variables.get("SAGEMAKER_BASE_DIR") or BASE)
-    given = Path(variables.get("SM_INPUT_DIR") or base / "input")
-    folder = Path(variables.get("SM_INPUT_CONFIG_DIR") or given / "config")
-    place = setting or variables.get(PATH) or str(folder / FILE)
+    place = setting or variables.get(PATH) or str(Folders.read(variables).config / FILE)
     if storage.exists(place):
         return place
     if setting or variables.get(PATH):

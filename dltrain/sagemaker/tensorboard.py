@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dltrain.errors import UserError
-from dltrain.sagemaker.channels import BASE
+from dltrain.sagemaker.folders import Folders
 
 CONFIG = "tensorboardoutputconfig.json"
 FILE = "TENSORBOARD_CONFIG_FILE_PATH"
@@ -30,8 +30,7 @@ def tensorboard_folder(variables: Mapping[str, str] | None = None) -> str:
     unless ``TENSORBOARD_CONFIG_FILE_PATH`` names it. Raises :class:`UserError` where it is no JSON object.
     """
     variables = os.environ if variables is None else variables
-    given = Path(variables.get("SM_INPUT_DIR") or Path(variables.get("SAGEMAKER_BASE_DIR") or BASE) / "input")
-    file = Path(variables.get(FILE) or Path(variables.get("SM_INPUT_CONFIG_DIR") or given / "config") / CONFIG)
+    file = Path(variables.get(FILE) or Folders.read(variables).config / CONFIG)
     if not file.is_file():
         return ""
     try:

@@ -1,0 +1,104 @@
+"""The failure file: of what is in it SageMaker shows the first 1,024 characters, and nothing else of a failed job.
+
+    write_failure(folders, failure, host)
+
+It begins with which rank failed where and at what step, then the error, what to do about it, and the last lines of
+code. Whoever writes first has the word; the whole of it goes to ``failure-<host>-rank-<rank>.log`` in the job's output.
+
+Reference: https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-signal-success-failure.html
+"""
+
+from __future__ import annotations
+
+import re
+
+from dltrain.errors import EXIT_USER_ERROR
+from dltrain.runtime.word import Failure
+from dltrain.sagemaker.folders import Folders
+
+MOST = 1024
+"""Characters that SageMaker shows."""
+
+NAME = "failure"
+
+_PEERS = re.compile(
+    r"closed by peer|reset by peer|recvBytes|broken pipe|NCCL.*(remote|abort|unhandled)|ncclRemoteError|"
+    r"connectFullMesh|DistNetworkError|no longer available",
+    re.IGNORECASE,
+)
+
+HINTS: tuple[tuple[str, str], ...] = (
+    (r"rendezvous", "Not all hosts came: look whether each has started, and whether they reach each other's ports."),
+    (r"CUDA out of memory|OutOfMemoryError", "Take a smaller parallel.micro_batch (auto measures it), "
+     "parallel.activation_checkpointing, or more shards (parallel.dp_shard)."),
+    (r"No space left on device|ENOSPC", "The disk is full: ask for a larger volume, keep fewer checkpoints "
+     "(checkpoint.keep), or switch data.cache off."),
+    (r"bus error|SIGBUS|shm|/dev/shm", "Shared memory is too small for loader processes: set data.workers 0, or ask "
+     "for a larger instance."),
+    (r"ModuleNotFoundError|ImportError", "Name the package in a requirements.txt beside the recipe, or put it into the "
+     "image."),
+    (r"AccessDenied|Forbidden|\b403\b|NoCredentials|Unable to locate credentials", "The job's role lacks a permission "
+     "for that address: s3:GetObject and s3:ListBucket to read, s3:PutObject to write, and kms:Decrypt for its key."),
+    (r"EndpointConnectionError|ConnectTimeout|Could not connect to the endpoint|Name or service not known|"
+     r"Temporary failure in name resolution", "The address cannot be reached: in a VPC without a NAT there must be an "
+     "endpoint for S3, and with network isolation there is no network at all."),
+    (r"Timed out waiting|collective operation timeout|Watchdog caught|timed out after \d+ms", "A rank waited for "
+     "another that did not come: look in the logs for the one that is behind, or raise parallel.timeout."),
+    (r"SIGKILL", "Mostly the host's memory was used up: fewer data.workers, a smaller data.prefetch or batch, or an "
+     "instance with more memory."),
+    (r"SIGSEGV|SIGABRT|SIGFPE|SIGILL", "A library crashed: its last lines in the log say where; other versions of "
+     "torch, the driver or NCCL may not."),
+    (_PEERS.pattern, "Another rank or host ended first: its log says why."),
+)  # fmt: skip
+"""What to do about an error that an expression is found in, the first one that fits."""
+
+
+def is_of_peers(failure: Failure) -> bool:
+    """Whether a rank failed for others were gone: then they are to blame."""
+    return failure.status != EXIT_USER_ERROR and bool(_PEERS.search(failure.error) or _PEERS.search(failure.message))
+
+
+def reason(failure: Failure, host: str) -> str:
+    """At most :data:`MOST` characters for somebody who sees nothing else."""
+    if failure.status == EXIT_USER_ERROR:
+        return _cut(failure.message.removeprefix("dltrain: error: "), MOST)
+    step = f", step {failure.step}" if failure.step else ""
+    where = f"rank {failure.rank} on {host}{step}: "
+    rest = " ".join(filter(None, (_hint(failure), _code(failure))))
+    return where + _cut(failure.error or failure.message, MOST - len(where) - len(rest) - 1) + (f" {rest}" * bool(rest))
+
+
+def write_failure(folders: Folders, failure: Failure, host: str) -> bool:
+    """Write both files; returns whether this was the first to fail."""
+    log = folders.output_data / f"failure-{host}-rank-{failure.rank}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(failure.message + "\n")
+    return write_reason(folders, reason(failure, host))
+
+
+def write_reason(folders: Folders, text: str) -> bool:
+    """The failure file alone, unless there is one."""
+    folders.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with (folders.output / NAME).open("x") as file:
+            file.write(_cut(text, MOST))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _hint(failure: Failure) -> str:
+    for text in (failure.error, failure.message):
+        for expression, hint in HINTS:
+            if re.search(expression, text, re.IGNORECASE):
+                return hint
+    return ""
+
+
+def _code(failure: Failure) -> str:
+    return f"At {' < '.join(reversed(failure.frames))}." if failure.frames else ""
+
+
+def _cut(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: max(0, most - 4)] + " ..."

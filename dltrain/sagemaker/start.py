@@ -1,0 +1,72 @@
+"""What a host of a training job is to run: recipe, settings and number of ranks, checked before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dltrain.config import Config, split_arguments
+from dltrain.errors import UserError
+from dltrain.parallel.checks import check_layout
+from dltrain.recipes import declarations, find, recipe_name
+from dltrain.runtime.environment import Environment
+from dltrain.sagemaker.folders import Folders
+from dltrain.sagemaker.training_job import TrainingJob
+
+
+@dataclass(frozen=True)
+class Start:
+    """What this host is to run."""
+
+    recipe: Path
+    name: str
+    arguments: tuple[str, ...]
+    config: Config
+    nproc: int
+
+
+def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
+    """What to run, checked as far as it can be without torch. Raises :class:`UserError`."""
+    words, overrides = split_arguments(arguments)
+    parser = argparse.ArgumentParser(prog="python -m dltrain.sagemaker")
+    parser.add_argument("recipe", nargs="?", default=job.hyperparameters.words.get("recipe", ""))
+    parser.add_argument("--preset", default=job.hyperparameters.words.get("preset", ""))
+    parser.add_argument("--config", default=job.hyperparameters.words.get("config", ""))
+    parser.add_argument("--nproc", default=job.hyperparameters.words.get("nproc", ""))
+    known = parser.parse_args(words)
+    if not known.recipe:
+        raise UserError(
+            "no recipe is named; give the hyperparameter recipe, such as image/classify or a file of your source code"
+        )
+    if known.nproc and not (known.nproc.isdecimal() and int(known.nproc)):
+        raise UserError(f"nproc is {known.nproc!r}; give the number of ranks of a host, 1 or more")
+    nproc = int(known.nproc) if known.nproc else gpus() or 1
+    name = _in_the_code(known.recipe)
+    file = Path(known.config) if known.config else None
+    config = declarations(name).configure(known.preset, {**job.hyperparameters.settings, **overrides}, file)
+    check_layout(config, Environment(0, nproc * len(job.hosts), 0, nproc))
+    options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--config={file}"] * bool(file)
+    options += [f"--{key}={value}" for key, value in overrides.items()]
+    return Start(find(name), recipe_name(name), tuple(options), config, nproc)
+
+
+def _in_the_code(recipe: str) -> str:
+    """A user's file is looked for where SageMaker unpacks the source code."""
+    places = [os.environ.get(name) for name in ("SM_MODULE_DIR", "SM_SOURCE_DIR")]
+    base = Folders.read().base
+    folders = [Path(place) for place in places if place] + [base / "code", base / "input/data/code"]
+    found = [folder / recipe for folder in folders if recipe.endswith(".py") and (folder / recipe).is_file()]
+    return str(found[0]) if found else recipe
+
+
+def gpus() -> int:
+    """GPUs of this host, without torch: asking it would hold memory on each."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
