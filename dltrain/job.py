@@ -52,6 +52,7 @@ from dltrain.runtime.stop import stop_flag
 from dltrain.runtime.word import Failure, report_failure, report_ready, report_running, report_stopped
 from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
 from dltrain.sagemaker.debug_hook import apply_debug_hook
+from dltrain.sagemaker.delivery import deliver
 from dltrain.sagemaker.failure import is_of_peers, write_failure
 from dltrain.sagemaker.hyperparameters import Hyperparameters
 from dltrain.sagemaker.placing import placed
@@ -365,6 +366,8 @@ def _conclude(
     rate = trainer.trained_samples / max(trainer.trained_seconds, 1e-9)
     facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
     _record_end(job, run, status, scores=trainer.scores, micro_batch=trainer.engine.micro_batch, **facts)
+    if job.of is not None:
+        deliver(job.of, run, trainer.engine, trainer.scores, job.environment)
     report = f"; report: {run.report / 'evaluation.html'}" if run.report.is_dir() else ""
     say(job.environment, f"finished {trainer.step} steps in {seconds:.1f} s: {run.path}{report}")
     if job.environment.is_main:

@@ -66,7 +66,7 @@ class Trainer:
         self.step, self.scores, self.status = 0, {}, "new"
         self.best: dict[str, Any] | None = None
         self.last_metric: Metric | None = None
-        self._evaluation_left = False
+        self._evaluation_left, self._at = False, 0
         self._timed = _timed_requests(config)
         self._passed: dict[Request, int] = {}
         self._elapsed, self._since = 0.0, time.monotonic()
@@ -100,13 +100,13 @@ class Trainer:
         except BrokenOff:
             return self._interrupt(NOTHING if self._finished() else Request.EVALUATE)
         except Exception as error:
-            error.dltrain_step = self.step + 1  # type: ignore[attr-defined]  # who tells of it says where it was
+            error.dltrain_step = self._at  # type: ignore[attr-defined]  # who tells of it says where it was
             raise
 
     def _fit(self) -> str:
         with closing(self._begin()) as batches:
             while not self._finished():
-                before = (self.step, self.position)
+                before, self._at = (self.step, self.position), self.step + 1
                 CLOCK.begin(self.step + 1)
                 started = time.perf_counter()
                 batch = next(batches)

@@ -20,6 +20,7 @@ COMMANDS = {
     "runs": "list runs",
     "debug": "show what was found inside a run",
     "shards": "build, index, verify and list shards",
+    "launch": "start a job here, or as SageMaker would",
     "demo": "train the digits on two ranks from a local S3 endpoint",
 }
 

@@ -73,6 +73,10 @@ class Engine(Protocol):
         """Parameters that this rank has, whole or in part, by the names they have in the model alone."""
         ...
 
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Those that belong to the model's state, such as running means."""
+        ...
+
     def pieces(self, kind: str) -> Iterator[Piece]:
         """This rank's parts of "weights", "gradients", or a state of the optimizer such as "exp_avg", without a copy.
 

@@ -81,6 +81,10 @@ class Updating:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
 
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        kept = self.model.state_dict().keys()
+        return ((name, buffer) for name, buffer in self.model.named_buffers() if name in kept)
+
     def fault(self) -> str:
         return self._agreement.fault()
 

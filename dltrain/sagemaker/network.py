@@ -27,7 +27,7 @@ def variables_for(instance_type: str, interface: str, hosts: int) -> dict[str, s
     """
     name = instance_type.removeprefix("ml.")
     family = name.partition(".")[0]
-    if family.rstrip("0123456789n").startswith(_OTHERS):
+    if family.startswith(_OTHERS):
         raise UserError(
             f"{instance_type} has no GPU but AWS's own accelerators, which dltrain does not train on; take a p or g "
             "instance, or a c or m one for the CPU"

@@ -1,12 +1,14 @@
 """A recipe for tests: digits by a small network with dropout and batch norm; it can be told to die, and notes its keys.
 
 Variables: ``TINY_TRACE`` names a folder for the keys each rank saw; ``TINY_DIE`` is ``step:signal``; ``TINY_NAN`` is a
-step whose losses are not finite.
+step whose losses are not finite; ``TINY_RAISE`` is ``step:rank:message`` of an error; ``TINY_PAUSE`` is how many
+seconds a step takes at least.
 """
 
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -55,6 +57,10 @@ class Trace(Hook):
                 file.write(json.dumps({"step": trainer.step, "samples": real}) + "\n")
 
     def step_end(self, trainer):
+        time.sleep(float(os.environ.get("TINY_PAUSE", "0")))
+        at, rank, message = os.environ.get("TINY_RAISE", "0:0:").split(":", 2)
+        if int(at) and trainer.step == int(at) and os.environ.get("RANK", "0") == rank:
+            raise RuntimeError(message)
         step, _, number = os.environ.get("TINY_DIE", "0:").partition(":")
         if int(step) and trainer.step == int(step) and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), signal.Signals[number])

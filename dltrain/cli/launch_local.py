@@ -1,0 +1,128 @@
+"""``dltrain launch local RECIPE [--as-sagemaker --hosts N] [--nproc N] [--preset NAME] [--section.key value ...]``
+
+As SageMaker: each host gets its own ``/opt/ml`` below ``--base`` and the real entry point, so that what would fail
+there fails here, before it is paid for. The same command once more goes on from the checkpoints of the first, as a job
+does that was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from dltrain.cli import train
+from dltrain.cli.main import Parser
+from dltrain.config import split_arguments
+from dltrain.errors import EXIT_STOPPED, UserError
+from dltrain.recipes import declarations, recipe_name
+from dltrain.runtime.environment import cores
+from dltrain.sagemaker.fabricated import INSTANCE, Fabricated
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train here, or in fabricated containers; returns the exit status."""
+    words, overrides = split_arguments(arguments)
+    parser = Parser(prog="dltrain launch local", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--as-sagemaker", action="store_true")
+    parser.add_argument("--hosts", type=int, default=1)
+    parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--base", type=Path, default=Path("sagemaker-local"))
+    parser.add_argument("--channel", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--instance-type", default=INSTANCE)
+    known = parser.parse_args(words)
+    if not known.as_sagemaker:
+        if known.hosts > 1 or known.channel:
+            raise UserError("--hosts and --channel are of containers; add --as-sagemaker, or leave them out")
+        options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--nproc={known.nproc}"]
+        return train.run([known.recipe, *options, *(f"--{key}={value}" for key, value in overrides.items())])
+    if known.hosts < 1 or known.nproc < 1:
+        raise UserError(f"--hosts is {known.hosts} and --nproc {known.nproc}; give 1 or more of each")
+    declarations(known.recipe).configure(known.preset, overrides)  # refused here, not by each host
+    given = {"recipe": recipe_name(known.recipe), "preset": known.preset, "nproc": known.nproc}
+    given |= {name.replace(".", "__"): value for name, value in overrides.items()}
+    made = Fabricated(known.base.resolve(), known.hosts, given, _channels(known.channel), known.instance_type)
+    made.lay_down()
+    print(f"{known.hosts} host(s) in {known.base}", file=sys.stderr, flush=True)
+    statuses = _run_hosts(made, cores() // known.hosts)
+    made.collect()
+    return _told(made, statuses)
+
+
+def _channels(words: Sequence[str]) -> dict[str, Path]:
+    found = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or not Path(folder).is_dir():
+            raise UserError(f"--channel is {word!r}; give NAME=FOLDER, a folder that there is")
+        found[name] = Path(folder)
+    return found
+
+
+def _run_hosts(made: Fabricated, threads: int) -> dict[str, int]:
+    """Start the entry point of each host, and hand on signals to all, as a stop of the job would; statuses by host."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("SM_")}
+    variables |= {"OMP_NUM_THREADS": str(max(1, threads // int(made.hyperparameters["nproc"])))}
+    processes = {host: _start(made, host, variables) for host in made.names}
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        for process in processes.values():
+            process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        readers = [_prefixed(made, host, process) for host, process in processes.items()]
+        statuses = {host: process.wait() for host, process in processes.items()}
+        for reader in readers:
+            reader.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return statuses
+
+
+def _start(made: Fabricated, host: str, variables: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dltrain.sagemaker"],
+        env={**variables, **made.variables(host)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        process_group=0,
+    )
+
+
+def _prefixed(made: Fabricated, host: str, process: subprocess.Popen[str]) -> threading.Thread:
+    """What a host prints, line by line with its name, as a log of SageMaker's has it."""
+    name = f"algo-{made.names.index(host) + 1}"
+
+    def copy(stream: IO[str]) -> None:
+        for line in stream:
+            print(f"[{name}] {line}", end="", flush=True)
+
+    if process.stdout is None:
+        raise AssertionError("it was started with a pipe")
+    reader = threading.Thread(target=copy, args=(process.stdout,))
+    reader.start()
+    return reader
+
+
+def _told(made: Fabricated, statuses: Mapping[str, int]) -> int:
+    for place, (host, status) in enumerate(statuses.items()):
+        reason = made.failure(host)
+        how = "ended well" if status == 0 else f"ended with status {status}: {reason}"
+        print(f"algo-{place + 1} {how}", file=sys.stderr)
+    failed = [status for status in statuses.values() if status not in (0, EXIT_STOPPED)]
+    if not failed and max(statuses.values()) == 0:
+        model = made.bucket / "model"
+        print(f"model: {model}; output: {made.bucket / 'output'}; checkpoints: {made.bucket / 'checkpoints'}")
+    return failed[0] if failed else max(statuses.values())
