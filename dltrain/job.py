@@ -46,7 +46,7 @@ from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
 from dltrain.runtime.environment import Environment, rendezvous
 from dltrain.runtime.launch import RECIPE
-from dltrain.runtime.logs import say, warn
+from dltrain.runtime.logs import outlive_readers, say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
 from dltrain.runtime.word import Failure, report_failure, report_ready, report_running, report_stopped
@@ -82,6 +82,7 @@ def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
     """Run a recipe file as a program. Exits 0, 2 after the user's mistake, 75 when stopped and resumable."""
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise TypeError(f"main() takes a class derived from Task, not {task!r}")
+    outlive_readers()
     environment = _environment()
     report_running(environment.rank, True)
     status = _guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment)
@@ -116,7 +117,7 @@ def train(job: Job) -> int:
     started = time.monotonic()
     check_layout(job.config, job.environment)
     storage.configure(job.config.storage)
-    with joined(job.config, job.environment) as device, stop_flag(job.config.run) as stop:
+    with joined(job.config, job.environment) as device, stop_flag(job.config.run, _generations(job)) as stop:
         report_ready(job.environment.rank)
         job = _with_one_debugger(job)
         task = job.task(job.config)
@@ -221,6 +222,13 @@ def _own(job: Job, run: RunFolder) -> RunFolder:
     folder = Path(job.config.run.folder).expanduser()
     there = RunFolder(folder / run.name)
     return run if job.of is None or _is_shared(job, there) else there
+
+
+def _generations(job: Job) -> int:
+    """Of processes above this one whose end is the job's: not a shell's, which may be left behind."""
+    if job.of is not None and job.of.way != "container":
+        return 2  # torchrun, and what started it, which SageMaker's signal ends without a word to anybody
+    return int(bool(job.environment.launcher))
 
 
 def _checkpointer(job: Job, run: RunFolder) -> Checkpointer:

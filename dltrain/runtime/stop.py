@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from dltrain.config import Run
 
 ONE_PRESS = 1.0
@@ -32,14 +34,16 @@ MARGIN = 5.0
 class StopFlag:
     """Why this process was asked to stop; empty until it is.
 
-    ``run`` gives the deadline and the file; without it signals alone count.
+    ``run`` gives the deadline and the file; without it signals alone count. So many ``generations`` of processes above
+    this one are to stay: its parent, where that is a launcher, and the launcher's own, where a job ends with that.
     """
 
-    def __init__(self, run: Run | None = None) -> None:
+    def __init__(self, run: Run | None = None, generations: int = 0) -> None:
         self.reason = ""
         self._first = 0.0
         self._next = 0.0
-        self._parent = os.getppid()
+        self._generations = generations
+        self._parents = _parents(generations)
         self._file = Path(run.stop_file) if run is not None and run.stop_file else None
         began = float(os.environ.get(STARTED) or time.time())
         self._deadline = began + run.deadline.seconds if run is not None and run.deadline else 0.0
@@ -59,7 +63,7 @@ class StopFlag:
         return bool(self.reason)
 
     def _found(self, cost: float) -> str:
-        if os.getppid() != self._parent:
+        if self._parents and _parents(self._generations) != self._parents:
             return "the process that started it has ended"
         if self._file is not None and self._file.exists():
             return f"run.stop_file {self._file} is there"
@@ -75,10 +79,21 @@ class StopFlag:
         self.reason = signal.Signals(number).name
 
 
+def _parents(generations: int) -> tuple[int, ...]:
+    """Numbers of the processes above this one, the nearest first."""
+    found: tuple[int, ...] = ()
+    try:
+        while len(found) < generations:
+            found = (*found, os.getppid() if not found else psutil.Process(found[-1]).ppid())
+    except psutil.Error:
+        return (*found, 0)  # it is ending at this moment
+    return found
+
+
 @contextmanager
-def stop_flag(run: Run | None = None) -> Iterator[StopFlag]:
+def stop_flag(run: Run | None = None, generations: int = 0) -> Iterator[StopFlag]:
     """Catch SIGTERM and SIGINT while the body runs."""
-    flag = StopFlag(run)
+    flag = StopFlag(run, generations)
     before = {number: signal.signal(number, flag.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield flag

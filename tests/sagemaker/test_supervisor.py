@@ -140,6 +140,7 @@ def test_the_first_rank_that_fails_is_in_the_failure_file_and_not_those_that_mis
     assert "Another rank or host ended first" in made.failure(other)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_told_with_what_it_mostly_means(tmp_path: Path) -> None:
     made = Fabricated(tmp_path, 1, {**LONG, "nproc": 2})
     made.lay_down()
@@ -150,6 +151,7 @@ def test_a_rank_that_is_killed_is_told_with_what_it_mostly_means(tmp_path: Path)
     assert "host's memory" in made.failure(made.names[0])
 
 
+@pytest.mark.slow
 def test_a_deadline_stops_the_job_in_time(tmp_path: Path) -> None:
     made = Fabricated(tmp_path, 1, {**LONG, "run__deadline": "0.004h"})  # 14 s
     made.lay_down()
@@ -206,6 +208,7 @@ def test_a_host_that_never_comes_is_named(tmp_path: Path) -> None:
     assert "algo-2.invalid of 2 hosts are not found by name" in made.failure(made.names[0])
 
 
+@pytest.mark.slow
 def test_a_host_that_has_a_name_and_never_comes_is_told_too(tmp_path: Path) -> None:
     made = Fabricated(tmp_path, 2, SETTINGS)
     made.lay_down()
