@@ -141,6 +141,22 @@ def test_a_signal_to_the_whole_process_group_saves_and_stops(tmp_path: Path, num
     assert len(committed(tmp_path / "runs" / "x" / "checkpoints")) == 1
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_evaluation_is_broken_off_and_done_when_the_run_goes_on(cli: Cli, tmp_path: Path, ranks: int) -> None:
+    """A file appears while the held-out samples are scored, one by one, so that it takes a while."""
+    words = ["train", TINY, "--preset", "small", "--nproc", str(ranks), "--run.name", "x", "--run.length", "8st"]
+    words += ["--evaluation.batch_size", str(ranks), "--evaluation.every", "4st", "--run.stop_file", "stop"]
+    done = cli(*words, TINY_STOP="stop")
+    assert done.status == 75, done.err
+    assert "stopped and saved at step 4 (run.stop_file stop is there)" in done.err
+    assert "evaluation at step 4" not in done.err
+    (tmp_path / "stop").unlink()
+    again = cli(*words, "--run.resume", "auto")
+    assert again.status == 0, again.err
+    assert "evaluation at step 4" in again.err
+    assert again.err.count("evaluation at step 8") == 1
+
+
 def test_a_signal_before_training_ends_at_once_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dltrain", "train", TINY, "--preset", "small", "--nproc", "2"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)

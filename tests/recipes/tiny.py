@@ -2,7 +2,7 @@
 
 Variables: ``TINY_TRACE`` names a folder for the keys each rank saw; ``TINY_DIE`` is ``step:signal``; ``TINY_NAN`` is a
 step whose losses are not finite; ``TINY_RAISE`` is ``step:rank:message`` of an error; ``TINY_PAUSE`` is how many
-seconds a step takes at least.
+seconds a step takes at least; ``TINY_STOP`` is a file that is made when an evaluation begins.
 """
 
 import json
@@ -56,6 +56,10 @@ class Trace(Hook):
             with path.open("a") as file:
                 file.write(json.dumps({"step": trainer.step, "samples": real}) + "\n")
 
+    def evaluation_start(self, trainer):
+        if os.environ.get("TINY_STOP"):
+            Path(os.environ["TINY_STOP"]).touch()
+
     def step_end(self, trainer):
         time.sleep(float(os.environ.get("TINY_PAUSE", "0")))
         at, rank, message = os.environ.get("TINY_RAISE", "0:0:").split(":", 2)
@@ -76,6 +80,8 @@ class Tiny(Task):
         )
 
     def inputs(self, batch: Batch) -> tuple[Tensor]:
+        if os.environ.get("TINY_STOP") and not torch.is_grad_enabled():
+            time.sleep(0.01)  # an evaluation of some seconds
         return (batch.fields["png"].float() / 255,)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
