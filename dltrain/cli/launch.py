@@ -7,7 +7,10 @@ from importlib import import_module
 
 from dltrain.errors import UserError, nearest
 
-PLACES = {"local": "this machine; with --as-sagemaker in the folders and by the entry point of a training container"}
+PLACES = {
+    "local": "this machine; with --as-sagemaker in the folders and by the entry point of a training container",
+    "sagemaker": "a training job; --dry-run prints its request",
+}
 
 
 def run(arguments: Sequence[str]) -> int:

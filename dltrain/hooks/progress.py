@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dltrain.hooks.base import Hook, View
+from dltrain.hooks.printed import evaluation_line, step_line
 
 
 class PlainProgress(Hook):
@@ -28,10 +29,10 @@ class PlainProgress(Hook):
 
         if time.monotonic() - self._last >= self._seconds:
             self._last = time.monotonic()
-            self._print(f"step {record['step']}/{_total(trainer)} epoch {record['epoch']:.2f} {_numbers(record)}")
+            self._print(step_line(record, _total(trainer)))
 
     def evaluation_end(self, trainer: View, record: dict[str, Any]) -> None:
-        self._print(f"evaluation at step {record['step']}: {_scores(record)}")
+        self._print(evaluation_line(record))
 
     def stop_requested(self, trainer: View, reason: str) -> None:
         self._print(f"stopping at step {trainer.step} ({reason}); saving")
@@ -64,7 +65,7 @@ class RichProgress(Hook):
         self._progress.update(self._bar, completed=record["step"], description=_short(record))
 
     def evaluation_end(self, trainer: View, record: dict[str, Any]) -> None:
-        self._progress.console.print(f"evaluation at step {record['step']}: {_scores(record)}", highlight=False)
+        self._progress.console.print(evaluation_line(record), highlight=False)
 
     def checkpoint_saved(self, trainer: View, path: Path) -> None:
         self._progress.update(self._bar, completed=trainer.step)
@@ -95,15 +96,3 @@ def _total(trainer: View) -> str:
 def _short(record: dict[str, Any]) -> str:
     """What fits a line of 80 columns."""
     return f"loss {record['loss']:.4g}  {record['samples_per_second']:,.0f}/s  waiting {record['data_wait']:.0%}"
-
-
-def _numbers(record: dict[str, Any]) -> str:
-    return (
-        f"loss {record['loss']:.4g}  lr {record['learning_rate']:.3g}  norm {record['grad_norm']:.3g}  "
-        f"{record['samples_per_second']:,.0f} samples/s  waiting {record['data_wait']:.0%}"
-    )
-
-
-def _scores(record: dict[str, Any]) -> str:
-    scores = {k.removeprefix("evaluation/"): v for k, v in record.items() if k.startswith("evaluation/")}
-    return "  ".join(f"{name} {value:.4g}" for name, value in scores.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,27 @@ class Start:
     arguments: tuple[str, ...]
     config: Config
     nproc: int
+
+
+def install_requirements(job: TrainingJob) -> None:
+    """What ``requirements.txt`` beside the user's recipe asks for. Raises :class:`UserError` where pip fails."""
+    files = [folder / "requirements.txt" for folder in code_folders(job.folders)]
+    for file in (each for each in files if each.is_file()):
+        print(f"dltrain: installing {file}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-r", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise UserError(
+                f"{file} cannot be installed: {said[-1] if said else done.returncode}; with network isolation, or "
+                "without a route to a package index, packages must be in the image"
+            )
+
+
+def code_folders(folders: Folders) -> list[Path]:
+    """Where the user's code may lie: as the toolkit says, as SDK v3's drivers do, or as our own request brings it."""
+    said = [Path(os.environ[name]) for name in ("SM_MODULE_DIR", "SM_SOURCE_DIR") if os.environ.get(name)]
+    return [*said, folders.base / "code", folders.data / "code"]
 
 
 def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
@@ -56,9 +78,7 @@ def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
 
 def _in_the_code(recipe: str) -> str:
     """A user's file is looked for where SageMaker unpacks the source code."""
-    places = [os.environ.get(name) for name in ("SM_MODULE_DIR", "SM_SOURCE_DIR")]
-    base = Folders.read().base
-    folders = [Path(place) for place in places if place] + [base / "code", base / "input/data/code"]
+    folders = code_folders(Folders.read())
     found = [folder / recipe for folder in folders if recipe.endswith(".py") and (folder / recipe).is_file()]
     return str(found[0]) if found else recipe
 

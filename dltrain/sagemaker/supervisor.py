@@ -27,7 +27,7 @@ from dltrain.sagemaker.failure import write_reason
 from dltrain.sagemaker.folders import Folders
 from dltrain.sagemaker.minding import Minded
 from dltrain.sagemaker.network import variables_for
-from dltrain.sagemaker.start import Start, read_start
+from dltrain.sagemaker.start import Start, install_requirements, read_start
 from dltrain.sagemaker.training_job import TrainingJob
 from dltrain.sagemaker.verdict import verdict
 
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
             )
         for told in job.hyperparameters.told:
             print(f"dltrain: {told}", file=sys.stderr)
+        install_requirements(job)
         start = read_start(job, job.hyperparameters.arguments(arguments))
         network = variables_for(job.instance_type, job.interface, len(job.hosts))
         wait_for(job, float(os.environ.get(WAIT) or 600))

@@ -1,0 +1,113 @@
+"""``dltrain launch sagemaker RECIPE --instance-type ml.p5.48xlarge --count 2 --spot ... [--dry-run]``: a training job
+on SageMaker, checked here against every limit of its API, and followed until it has ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dltrain.cli.main import Parser
+from dltrain.config import split_arguments
+from dltrain.degrees import degrees_of
+from dltrain.errors import EXIT_INTERRUPTED, UserError
+from dltrain.recipes import declarations
+from dltrain.runtime.environment import Environment
+from dltrain.sagemaker.following import Followed
+from dltrain.sagemaker.options import JobOptions, read_options
+from dltrain.sagemaker.prices import bill_of, read_prices
+from dltrain.sagemaker.request import build, is_users, source_of, upload
+
+FLAGS = ("spot", "isolate", "encrypt")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Build, check, tell what it costs; then, without ``--dry-run``, upload, start and follow. Returns 0 where the job
+    has completed, else 1."""
+    words, overrides = split_arguments(arguments)
+    known = _parser().parse_args(words)
+    given = {name: getattr(known, name) for name in JobOptions.model_fields if getattr(known, name) is not None}
+    options = read_options(known.job, given)
+    config = declarations(known.recipe).configure(known.preset, overrides)
+    if options.nproc:  # of GPUs only the instance knows
+        degrees_of(config.parallel, Environment(0, options.nproc * options.count, 0, options.nproc))
+    request = build(known.recipe, known.preset, overrides, config, options)
+    if is_users(known.recipe):
+        source_of(known.recipe, options)
+    for line in bill_of(options, read_prices(known.prices, options.instance_type, options.region)).lines():
+        print(line, file=sys.stderr)
+    if known.dry_run:
+        print(json.dumps(request, indent=1))
+        return 0
+    return _start(known, request, options)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dltrain launch sagemaker", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--job", type=Path, help="YAML file of these options")
+    parser.add_argument("--dry-run", action="store_true", help="print the request and start nothing")
+    parser.add_argument("--detach", action="store_true", help="start it, and do not wait")
+    parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job, too")
+    parser.add_argument("--prices", default="", help="'aws', or a table: source, date, usd_per_hour")
+    for name, field in JobOptions.model_fields.items():
+        option, doc = "--" + name.replace("_", "-"), field.description
+        if name in FLAGS:
+            parser.add_argument(option, action="store_true", default=None, help=doc)
+        elif str(field.annotation).startswith(("dict", "tuple")):
+            parser.add_argument(option, type=_parsed, default=None, help=doc)
+        else:
+            parser.add_argument(option, default=None, help=doc)
+    return parser
+
+
+def _parsed(text: str) -> Any:
+    """A list or a mapping, as YAML."""
+    value = yaml.safe_load(text)
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _start(known: Any, request: dict[str, Any], options: JobOptions) -> int:
+    import boto3  # slow to import
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    name = request["TrainingJobName"]
+    region = {"region_name": options.region} if options.region else {}
+    try:
+        if is_users(known.recipe):
+            files = list(upload(known.recipe, options, name))
+            print(f"{len(files)} file(s) of code are at {options.bucket}/{name}/code", file=sys.stderr)
+        client = boto3.client("sagemaker", **region)
+        client.create_training_job(**request)
+        print(f"started {name}", file=sys.stderr)
+        if known.detach:
+            print(json.dumps({"job": name}))
+            return 0
+        return _follow(Followed(name, client, boto3.client("logs", **region), _say), name, known.stop_on_interrupt)
+    except (BotoCoreError, ClientError) as error:
+        raise UserError(f"AWS refused: {error}") from None
+
+
+def _follow(job: Followed, name: str, stops: bool) -> int:
+    started = time.monotonic()
+    try:
+        status, reason = job.until_ended()
+    except KeyboardInterrupt:
+        if not stops:
+            print(f"\n{name} goes on; --stop-on-interrupt would have stopped it", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        job.stop()
+        print(f"\nstopping {name}: it saves first", file=sys.stderr)
+        status, reason = job.until_ended()
+    print(json.dumps({"job": name, "status": status, "reason": reason, "seconds": round(time.monotonic() - started)}))
+    return 0 if status == "Completed" else 1
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,188 @@
+"""The request for a training job, as boto3's ``create_training_job`` takes it, checked before it is sent.
+
+request = build(recipe, preset, settings, config, options)
+boto3.client("sagemaker").create_training_job(**request)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dltrain import storage
+from dltrain.config import Config
+from dltrain.errors import UserError
+from dltrain.hooks.printed import definitions
+from dltrain.sagemaker.channels import FAST_FILE, FILE, PIPE, TRAIN
+from dltrain.sagemaker.folders import BASE
+from dltrain.sagemaker.limits import check
+from dltrain.sagemaker.network import variables_for
+from dltrain.sagemaker.options import JobOptions
+from dltrain.sagemaker.tensorboard import LOCAL_PATH
+
+CODE = "code"
+"""Channel of the user's code."""
+
+_EARLY = 0.05
+"""Hours before SageMaker's limit by which the job stops by itself."""
+
+
+def build(recipe: str, preset: str, settings: Mapping[str, Any], config: Config, options: JobOptions) -> dict[str, Any]:
+    """The whole request. ``recipe`` is a shipped one's name or the user's file, ``settings`` are dotted names and
+    values, ``config`` what they make. Raises :class:`UserError` for what SageMaker would refuse, and for what would
+    fail there."""
+    _refuse_missing(options)
+    _refuse_what_fails(config, options)
+    name = options.name or job_name(recipe, preset)
+    base = f"{options.bucket}/{name}"
+    seconds = round(options.max_hours * 3600)
+    request: dict[str, Any] = {
+        "TrainingJobName": name,
+        "RoleArn": options.role,
+        "AlgorithmSpecification": {
+            "TrainingImage": options.image,
+            "TrainingInputMode": FILE,
+            "ContainerEntrypoint": ["python", "-m", "dltrain.sagemaker"],
+            "MetricDefinitions": definitions((*scores(), config.evaluation.metric)),
+            "EnableSageMakerMetricsTimeSeries": True,
+        },
+        "HyperParameters": hyperparameters(recipe, preset, settings, options),
+        "OutputDataConfig": {"S3OutputPath": f"{options.bucket}/", **_key("KmsKeyId", options.kms_key)},
+        "ResourceConfig": {
+            "InstanceType": options.instance_type,
+            "InstanceCount": options.count,
+            "VolumeSizeInGB": options.volume,
+            **_key("VolumeKmsKeyId", options.volume_kms_key),
+            **({"KeepAlivePeriodInSeconds": options.keep_alive} if options.keep_alive else {}),
+        },
+        "StoppingCondition": {"MaxRuntimeInSeconds": seconds, **_waiting(options, seconds)},
+        "EnableManagedSpotTraining": options.spot,
+        "EnableNetworkIsolation": options.isolate,
+        "EnableInterContainerTrafficEncryption": options.encrypt,
+        "CheckpointConfig": {
+            "S3Uri": options.checkpoints or f"{base}/checkpoints",
+            "LocalPath": f"{BASE}/checkpoints",
+        },
+        "Environment": dict(options.environment),
+        "Tags": [{"Key": key, "Value": value} for key, value in options.tags.items()],
+    }
+    channels = [_channel(channel, address) for channel, address in options.channels.items()]
+    if is_users(recipe):
+        channels.append(_channel(CODE, f"{base}/{CODE}"))
+    if channels:
+        request["InputDataConfig"] = channels
+    if options.subnets:
+        request["VpcConfig"] = {
+            "Subnets": list(options.subnets),
+            "SecurityGroupIds": list(options.security_groups),
+        }
+    if options.tensorboard:
+        request["TensorBoardOutputConfig"] = {"S3OutputPath": f"{base}/tensorboard", "LocalPath": LOCAL_PATH}
+    check(request)
+    return request
+
+
+def hyperparameters(recipe: str, preset: str, settings: Mapping[str, Any], options: JobOptions) -> dict[str, str]:
+    """Text by name: values as JSON, dots as ``__``, which every launcher can make a variable of."""
+    words = {"recipe": Path(recipe).name if is_users(recipe) else recipe, "preset": preset, "nproc": options.nproc}
+    given: dict[str, Any] = {name: value for name, value in words.items() if value}
+    given |= {name.replace(".", "__"): value for name, value in settings.items()}
+    given.setdefault("run__deadline", f"{max(options.max_hours - _EARLY, options.max_hours / 2):g}h")
+    return {name: json.dumps(value) for name, value in given.items()}
+
+
+def scores() -> list[str]:
+    """Names of the scores of the metrics that come with dltrain; of a recipe's own, its ``evaluation.metric`` is
+    known."""
+    from dltrain.metrics.classification import Classification  # which import torch
+    from dltrain.metrics.forecasting import Forecasting
+
+    found = [*Classification([""] * 6).compute(), *Forecasting(1, 1, 1).compute()]
+    return [name for name in dict.fromkeys(found) if name != "samples"]
+
+
+def is_users(recipe: str) -> bool:
+    """Whether a recipe is a file of the user's, which the container must be brought."""
+    return recipe.endswith(".py")
+
+
+def source_of(recipe: str, options: JobOptions) -> Path:
+    """The folder that is uploaded. Raises :class:`UserError` where the recipe does not lie in it."""
+    folder = Path(options.source) if options.source else Path(recipe).parent
+    if not (folder / Path(recipe).name).is_file():
+        raise UserError(f"source is {str(folder)!r}, and {Path(recipe).name} does not lie in it")
+    return folder
+
+
+def job_name(recipe: str, preset: str) -> str:
+    """A name that no other job has: recipe, preset and time."""
+    stem = re.sub(r"[^a-zA-Z0-9]+", "-", f"{Path(recipe).stem}-{preset}").strip("-")
+    return f"{stem[:43]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+
+
+def upload(recipe: str, options: JobOptions, name: str) -> Iterator[str]:
+    """Bring the user's code to where the request says; addresses of the files."""
+    folder = source_of(recipe, options)
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        if file.is_file() and not any(part.startswith((".", "__pycache__")) for part in inside.parts):
+            target = f"{options.bucket}/{name}/{CODE}/{inside.as_posix()}"
+            storage.upload(file, target)
+            yield target
+
+
+def _refuse_missing(options: JobOptions) -> None:
+    for name, example in (
+        ("instance_type", "ml.p5.48xlarge"),
+        ("image", "123456789012.dkr.ecr.eu-west-1.amazonaws.com/dltrain:0.1"),
+        ("role", "arn:aws:iam::123456789012:role/training"),
+        ("bucket", "s3://my-bucket/training"),
+    ):
+        if not getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')} is missing; give one, such as {example}")
+
+
+def _refuse_what_fails(config: Config, options: JobOptions) -> None:
+    """What SageMaker would take, and the job would then die of."""
+    variables_for(options.instance_type, "eth0", options.count)
+    urls = [config.data.train, config.data.evaluation, *(source.url for source in config.data.sources)]
+    remote = [url for url in urls if url.partition("://")[0] in ("s3", "http", "https")]
+    if options.isolate and remote:
+        raise UserError(
+            f"--isolate leaves the container no network, and {remote[0]} is read over it; bring it as a channel: "
+            "--channels '{train: ...}' and no data.train"
+        )
+    local = [url for url in urls if url and "://" not in url]
+    if local:
+        raise UserError(f"{local[0]} lies on this machine; upload it and give its s3:// address, or a channel of it")
+    missing = not config.data.train and not config.data.sources and not set(options.channels) & set(TRAIN)
+    if missing:
+        raise UserError(f"there are no training data: give data.train or a channel {TRAIN[0]!r}")
+    for channel in options.channels:
+        if channel == CODE:
+            raise UserError(f"a channel must not be named {CODE!r}: your code comes by it")
+
+
+def _channel(name: str, address: str) -> dict[str, Any]:
+    url, mode = address, FILE
+    for known in (FILE, FAST_FILE, PIPE):
+        if address.endswith(f":{known}"):
+            url, mode = address.removesuffix(f":{known}"), known
+    if not url.startswith("s3://"):
+        raise UserError(f"channel {name!r} is {address!r}; give s3://bucket/prefix, with :FastFile or :Pipe behind it")
+    source = {"S3DataType": "S3Prefix", "S3Uri": url, "S3DataDistributionType": "FullyReplicated"}
+    return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "InputMode": mode}
+
+
+def _waiting(options: JobOptions, seconds: int) -> dict[str, int]:
+    if not options.spot:
+        return {}
+    return {"MaxWaitTimeInSeconds": round(options.wait_hours * 3600) if options.wait_hours else 2 * seconds}
+
+
+def _key(name: str, key: str) -> dict[str, str]:
+    return {name: key} if key else {}
