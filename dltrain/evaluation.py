@@ -20,6 +20,7 @@ from dltrain.errors import UserError
 from dltrain.metrics.base import Metric, reduce_sums, worst
 from dltrain.parallel.engine import Engine
 from dltrain.runtime.environment import Environment
+from dltrain.runtime.process_group import on_the_host
 from dltrain.task import Task
 
 STOP_EVERY = 8
@@ -65,7 +66,7 @@ def evaluate(
 def _any_rank(stops: bool) -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return stops
-    found = torch.tensor(int(stops))  # on the host: no stream waits for it
+    found = torch.tensor(int(stops), device=on_the_host())
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
 

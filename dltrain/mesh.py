@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dltrain.config import Parallel
 from dltrain.degrees import Degrees, degrees_of
+from dltrain.runtime.backend import SMDDP
 from dltrain.runtime.environment import Environment
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
@@ -138,13 +139,16 @@ class Mesh:
     def axis_group(self, name: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one in the axis ``name`` of :data:`AXES` alone; ``None`` where there are no
         others."""
-        if self.devices is None or self._axes(name).size() == 1:
+        if self.devices is None or self._size_of(name) == 1:
             return None
         return self._axes(name).get_group()
 
     def place_on(self, name: str) -> int:
         """This rank's place in the axis ``name`` of :data:`AXES`."""
-        return self._axes(name).get_local_rank()
+        return 0 if self._size_of(name) == 1 else self._axes(name).get_local_rank()
+
+    def _size_of(self, name: str) -> int:
+        return dict(zip(AXES, (self.pp, self.dp_replicate, self.dp_shard * self.cp, self.tp), strict=True))[name]
 
     def groups(self) -> list[dist.ProcessGroup]:
         """All groups of ranks that this one talks in; none for one rank."""
@@ -164,9 +168,14 @@ def build_mesh(parallel: Parallel, environment: Environment, device: torch.devic
     degrees = degrees_of(parallel, environment)
     pp, replicate, shard, cp, tp = degrees
     devices = context = None
-    if environment.world_size > 1:
-        devices = init_device_mesh(device.type, (pp, replicate, shard * cp, tp), mesh_dim_names=AXES)
+    sizes = (pp, replicate, shard * cp, tp)
+    only = [axis for axis, size in zip(AXES, sizes, strict=True) if size == environment.world_size > 1]
+    if only and dist.group.WORLD is not None and dist.get_backend() == SMDDP:
+        # all ranks are one axis and have a group already; it allows no other in a job of replicas
+        devices = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=(only[0],))
+    elif environment.world_size > 1:
+        devices = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     if cp > 1:
-        sizes = (environment.world_size // (cp * tp), cp, tp)
-        context = init_device_mesh(device.type, sizes, mesh_dim_names=("rest", "cp", "tp"))["cp"].get_group()
+        around = (environment.world_size // (cp * tp), cp, tp)
+        context = init_device_mesh(device.type, around, mesh_dim_names=("rest", "cp", "tp"))["cp"].get_group()
     return Mesh(*degrees, environment, devices, context)

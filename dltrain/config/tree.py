@@ -282,6 +282,9 @@ class Parallel(Section):
     rank has the GPU memory for."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds a collective may wait for the other ranks."""
+    backend: Literal["auto", "nccl", "gloo", "smddp"] = "auto"
+    """What ranks talk by. auto takes NCCL on GPUs and gloo on CPUs, and SageMaker's smddp where the job asks for it and
+    it is installed."""
     offload: bool = False
     """FSDP2: parameters, gradients and optimizer live in the host's memory, and updates are computed there."""
     prefetch: int = NotNegative

@@ -13,6 +13,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dltrain.config import Config
 from dltrain.errors import UserError
+from dltrain.runtime.backend import choose_backend
 from dltrain.runtime.environment import Environment, cores
 from dltrain.runtime.logs import say
 
@@ -32,19 +33,6 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
-def backend_for(device: torch.device) -> str:
-    """gloo for CPU tensors and, where there is a GPU, NCCL for its own."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def _reason(wanted: str, device: torch.device) -> str:
-    """The backend, and why it is this one."""
-    if device.type == "cuda":
-        return f"{backend_for(device)}: NCCL for tensors on GPUs, gloo for those on the host"
-    why = "run.device is cpu" if wanted == "cpu" else "torch finds no CUDA device"
-    return f"{backend_for(device)}: {why}"
-
-
 @contextmanager
 def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
     """Set device, threads and numerics, and hold the process group while the body runs."""
@@ -53,11 +41,12 @@ def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
     set_numerics(config)
     if environment.world_size > 1:
         _check_rendezvous(os.environ)
-        say(environment, f"{environment.world_size} ranks talk by {_reason(config.run.device, device)}")
+        backend, why = choose_backend(config.parallel.backend, device, os.environ, config.run.device)
+        say(environment, f"{environment.world_size} ranks talk by {backend}: {why}")
         dist.init_process_group(
-            backend_for(device),
+            backend,
             timeout=timedelta(seconds=config.parallel.timeout),
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if backend.endswith("nccl") else None,
         )
     yield device
     # not after an error: leaving the group may wait for ranks that wait for this one
@@ -67,7 +56,17 @@ def joined(config: Config, environment: Environment) -> Iterator[torch.device]:
 
 def join_alone(device: torch.device) -> None:
     """A process group of this process alone, for libraries that know no other way to be one process."""
-    dist.init_process_group(backend_for(device), store=HashStore(), rank=0, world_size=1)
+    backend = choose_backend("auto", device, {})[0]
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def on_the_host() -> torch.device:
+    """Where to lay a number that ranks agree on: the host, where a backend takes tensors of it, so that no stream
+    waits."""
+    types = dist.group.WORLD._device_types if dist.group.WORLD is not None else []
+    return (
+        torch.device("cpu") if torch.device("cpu") in types or not torch.cuda.is_available() else torch.device("cuda")
+    )
 
 
 def _check_rendezvous(variables: Mapping[str, str]) -> None:

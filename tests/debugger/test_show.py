@@ -108,6 +108,7 @@ def test_names_and_tensors_by_the_command(cli: Cli, tmp_path: Path) -> None:
     assert "not allowed with" in cli("debug", "show", "mine", "--names", "--tensor", "head.weight").err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_only_profiled_has_no_statistics_of_tensors(cli: Cli) -> None:
     done = cli("train", "image/classify", "--preset", "digits", "--run.length", "25st", "--profiler.every", "1st")
     assert done.status == 0, done.err

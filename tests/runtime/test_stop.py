@@ -49,7 +49,7 @@ def test_a_deadline_is_given_in_hours() -> None:
         load_overrides(Config(), {"run.deadline": "3st"})
 
 
-@pytest.mark.parametrize("generations", [0, 1, 2])
+@pytest.mark.parametrize("generations", [*(pytest.param(few, marks=pytest.mark.slow) for few in (0, 1)), 2])
 def test_a_process_whose_parents_end_is_told_if_it_asked(generations: int, tmp_path: Path) -> None:
     code = (
         "import sys, time; from dltrain.runtime import stop; from dltrain.config import Run; stop.LOOK_EVERY = 0.0\n"

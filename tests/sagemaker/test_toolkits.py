@@ -91,6 +91,7 @@ def test_the_toolkit_starts_a_recipe_on_two_ranks(tmp_path: Path) -> None:
     check(folders, folders.names[0])
 
 
+@pytest.mark.slow
 def test_our_failure_file_outlives_the_toolkits(tmp_path: Path) -> None:
     folders = made(tmp_path)
     process = toolkit(folders, folders.names[0], TINY_RAISE="3:1:the sky fell")

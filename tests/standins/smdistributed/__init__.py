@@ -1,0 +1,1 @@
+"""A stand-in for SageMaker's data parallel library, on CPUs."""
