@@ -21,6 +21,7 @@ COMMANDS = {
     "debug": "show what was found inside a run",
     "shards": "build, index, verify and list shards",
     "launch": "start a job here, or as SageMaker would",
+    "doctor": "look at this machine, and at a planned job",
     "demo": "train the digits on two ranks from a local S3 endpoint",
 }
 
