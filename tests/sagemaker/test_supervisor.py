@@ -302,6 +302,21 @@ def test_as_process_one_of_a_container_it_saves_within_the_time_that_is_left(tmp
     assert len(committed(run_of(made) / "checkpoints")) == 1
 
 
+def test_a_signal_while_hosts_are_waited_for_ends_it_at_once(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path, 1, SETTINGS)
+    made.lay_down()
+    file = made.base(made.names[0]) / "input" / "config" / "resourceconfig.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hosts": [*made.names, "algo-2.invalid"]}))
+    with started(made) as hosts:
+        (process,) = hosts.values()
+        time.sleep(2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        ((status, printed),) = ended(hosts).values()
+    assert status == 130, printed
+    assert "SIGTERM came before any rank was started" in made.failure(made.names[0])
+
+
 def test_the_command_shows_what_a_job_would_do(cli: Cli, tmp_path: Path) -> None:
     words = ("launch", "local", "--as-sagemaker", "--hosts", "2", TINY, "--preset", "small")
     done = cli(*words)
