@@ -32,6 +32,9 @@ REQUIREMENTS = "requirements.txt"
 _NAME_BEFORE_TIME = 48
 """Characters of a name that SDK v3 leaves whole: it cuts names of 63 at their end, where the time is."""
 
+_OF_THE_TOOLKIT = 7
+"""Hyperparameters that SDK v2 adds for a script: program, archive, job, region, level of logs, launcher, machine."""
+
 _IGNORED = [".*", "__pycache__*"]
 
 
@@ -80,7 +83,7 @@ def described(recipe: str, preset: str, settings: Mapping[str, Any], options: Jo
 
 def estimator_arguments(job: SdkJob) -> dict[str, Any]:
     """Of ``Estimator``, or of ``PyTorch`` where the entry is a script; ``tensorboard_output_config`` is a dictionary or
-    None, for its class is the SDK's."""
+    None, for its class is the SDK's. Raises :class:`UserError` where there is no room for what the SDK adds."""
     request = job.request
     machines, algorithm, output = (request[n] for n in ("ResourceConfig", "AlgorithmSpecification", "OutputDataConfig"))
     network, board = request.get("VpcConfig", {}), request.get("TensorBoardOutputConfig")
@@ -125,6 +128,8 @@ def _estimators_entry(job: SdkJob) -> dict[str, Any]:
     given = {name: json.loads(text) for name, text in job.hyperparameters().items()}  # PyTorch writes JSON by itself
     if job.nproc:
         given["sagemaker_mpi_num_of_processes_per_host"] = job.nproc  # which the toolkit's torchrun reads, too
+    _refuse_full("hyperparameters", len(given), _OF_THE_TOOLKIT, 100)
+    _refuse_full("channels", len(job.channels()), int(job.request["EnableNetworkIsolation"]), 20)  # one of the archive
     return {
         "entry_point": job.file.name,
         "source_dir": str(job.folder),
@@ -149,9 +154,11 @@ def estimator_inputs(job: SdkJob) -> dict[str, dict[str, Any]]:
 def model_trainer_arguments(job: SdkJob) -> dict[str, Any]:
     """Of ``ModelTrainer`` and of its ``with_...``, dictionaries in the place of the SDK's classes.
 
-    Raises :class:`UserError` for a hyperparameter that the drivers would break on: they write each between quotes to a
-    file for the shell, and the job ends with status 2 and without a reason.
+    Raises :class:`UserError` where there is no room for the SDK's channels, and for a hyperparameter that its drivers
+    would break on: they write each between quotes to a file for the shell, and the job ends with status 2 and without
+    a reason.
     """
+    _refuse_full("channels", len(job.channels()), 1 if job.folder is None else 2, 20)  # of drivers and code
     for name, text in job.hyperparameters().items():
         if "'" in text:
             raise UserError(
@@ -196,6 +203,15 @@ def _source_code(job: SdkJob) -> dict[str, Any]:
         return {**source, "command": COMMAND}
     asked = {"requirements": REQUIREMENTS} if (job.folder / REQUIREMENTS).is_file() else {}
     return {**source, "entry_script": job.file.name, **asked}
+
+
+def _refuse_full(what: str, ours: int, added: int, most: int) -> None:
+    """The limits of SageMaker's API that hold for what is ours and for what an SDK adds together."""
+    if ours + added > most:
+        raise UserError(
+            f"SageMaker would refuse this job: it has {ours} {what}, the SDK adds {added}, and {most} are the most; "
+            "give fewer, or start it with dltrain launch sagemaker"
+        )
 
 
 def snaked(tree: Any) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,3 +173,64 @@ def test_an_sdk_that_is_not_there_is_a_sentence(made_of: Any, package: str, monk
         made_of(SHIPPED, "digits", {**TRAIN, "data.evaluation": ""}, JobOptions(**OPTIONS))
     with pytest.raises(UserError, match="RoleArn"):  # before any SDK is looked for
         made_of(SHIPPED, "digits", {**TRAIN, "data.evaluation": ""}, JobOptions(**{**OPTIONS, "role": "me"}))
+
+
+def test_there_must_be_room_for_what_an_sdk_adds() -> None:
+    channels = {f"c{number}": "s3://data/c" for number in range(19)}
+    assert len(model_trainer_arguments(made(channels=channels))["input_data_config"]) == 19
+    with pytest.raises(UserError, match="has 19 channels, the SDK adds 2, and 20 are the most"):
+        model_trainer_arguments(made(TINY, channels=channels))
+    job = made(TINY, "script")
+    many = {f"model__a{number}": "1" for number in range(96)}
+    job = replace(job, request={**job.request, "HyperParameters": many})
+    with pytest.raises(UserError, match="has 96 hyperparameters, the SDK adds 7, and 100 are the most"):
+        estimator_arguments(job)
+
+
+class Recorded:
+    """Stands for an estimator of the SDK's: what it was made of, and how it was started."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+        self.jobs: list[str] = []
+        self.fitted: list[tuple[Any, ...]] = []
+
+    def fit(self, *given: Any) -> None:
+        self.jobs.append("job")
+        self.fitted.append(given)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {
+        "session": SimpleNamespace(Session=dict),
+        "inputs": SimpleNamespace(TrainingInput=dict),
+        "estimator": SimpleNamespace(Estimator=Recorded),
+        "debugger": SimpleNamespace(TensorBoardOutputConfig=dict),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, f"sagemaker.{name}", module)
+
+
+def test_an_estimator_knows_name_and_channels(recorded: None) -> None:
+    options = JobOptions(**OPTIONS, channels={"train": "s3://data/t", "more": "s3://data/m:Pipe"})
+    estimator = to_estimator(SHIPPED, "digits", {"data.train": "", "data.evaluation": ""}, options)
+    session = estimator.given["sagemaker_session"]
+    assert (session["default_bucket"], session["default_bucket_prefix"]) == ("data", "training")
+    assert session["boto_session"].region_name == "eu-west-1"
+    estimator.fit()
+    estimator.fit({"more": "s3://data/other"}, False)
+    (channels, wait, _, name, _), (others, waits, _, second, _) = estimator.fitted
+    assert (sorted(channels), wait, name) == (["more", "train"], True, "mine")
+    assert (others["more"], waits, second) == ("s3://data/other", False, None)  # a name is for one job
+    estimator.fit("s3://data/plain", job_name="third")
+    assert sorted(estimator.fitted[2][0]) == ["more", "train", "training"]
+    assert estimator.fitted[2][3] == "third"
+
+
+def test_a_region_must_be_known(recorded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    with pytest.raises(UserError, match=r"AWS's region is not known; give it in the options \(region\)"):
+        to_estimator(SHIPPED, "digits", {**TRAIN, "data.evaluation": ""}, JobOptions(**{**OPTIONS, "region": ""}))
