@@ -252,10 +252,13 @@ def test_a_stop_of_the_job_reaches_the_ranks(sdk: tuple[str, Path], s3: S3Server
     folders = laid_down(tmp_path, request, s3)
     process = container(folders, request, s3, "--pid", "--fork", "--mount-proc", "--kill-child")
     base = folders.base(folders.names[0])
-    until(lambda: any(file.read_text().count("\n") > 5 for file in base.glob("checkpoints/*/metrics.jsonl")))
-    first = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
-    os.kill(first, signal.SIGTERM)
-    printed = process.communicate(timeout=60)[0]
+    try:
+        until(lambda: any(file.read_text().count("\n") > 5 for file in base.glob("checkpoints/*/metrics.jsonl")))
+        first = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+        os.kill(first, signal.SIGTERM)
+        printed = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()  # and with it all that a signal has not reached
     record = json.loads(next(base.glob("checkpoints/*/run.json")).read_text())
     assert record["status"] == "stopped", printed
     assert len(list(base.glob("checkpoints/*/checkpoints/*/COMMITTED"))) == 1
