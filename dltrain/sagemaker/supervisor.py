@@ -31,6 +31,9 @@ from dltrain.sagemaker.start import Start, install_requirements, read_start
 from dltrain.sagemaker.training_job import TrainingJob
 from dltrain.sagemaker.verdict import verdict
 
+ARGUMENT = "train"
+"""What SageMaker hands to an image's own entry point, where the request names none."""
+
 GRACE = 110.0
 """Seconds that ranks have to save: SageMaker kills 120 after its signal."""
 
@@ -48,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
         for told in job.hyperparameters.told:
             print(f"dltrain: {told}", file=sys.stderr)
         install_requirements(job)
-        start = read_start(job, job.hyperparameters.arguments(arguments))
+        words = arguments[1:] if arguments[:1] == [ARGUMENT] else arguments
+        start = read_start(job, job.hyperparameters.arguments(words))
         network = variables_for(job.instance_type, job.interface, len(job.hosts))
         wait_for(job.hosts, patience())
         return _run(job, start, network)
