@@ -141,6 +141,24 @@ def test_mistakes_are_refused(cli: Cli, words: tuple[str, ...], sentence: str) -
     assert "Traceback" not in done.err
 
 
+def documented() -> list[str]:
+    text = (ROOT / "docs" / "launching.md").read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    return [line for line in blocks.splitlines() if line.startswith("dltrain ")]
+
+
+def test_there_are_commands_in_the_page() -> None:
+    assert {line.split()[2] for line in documented()} == {"slurm", "kubernetes"}
+
+
+@pytest.mark.parametrize("line", documented(), ids=lambda line: line.split()[2])
+def test_a_command_of_the_page_makes_its_file(cli: Cli, tmp_path: Path, line: str) -> None:
+    words = shlex.split(line)
+    done = cli(*words[1:])
+    assert done.status == 0, done.err
+    assert (tmp_path / words[words.index("--output") + 1]).stat().st_size > 1000
+
+
 def test_times_of_slurms() -> None:
     times = {"30": 1800, "30:10": 1810, "12:00:00": 43200, "2-12": 216000, "2-12:30": 217800, "1-00:00:01": 86401}
     assert {time: seconds(time) for time in times} == times
@@ -325,6 +343,18 @@ def test_a_node_tells_mistakes_of_the_user_from_hosts_that_have_not_come(cli: Cl
     away = cli(*words, "--hosts", "2", "--head", "nobody.invalid:7777", DLTRAIN_HOSTS_TIMEOUT="0.1")
     assert away.status == 1
     assert "nobody.invalid" in away.err
+
+
+def test_a_node_that_waits_for_others_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+    words = ("node", TINY, "--preset", "small", "--hosts", "2", "--head", "nobody.invalid:7777")
+    command = [sys.executable, "-m", "dltrain", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    caught = Path(f"/proc/{process.pid}/status")
+    bit = 1 << (signal.SIGTERM - 1)
+    until(lambda: int(re.findall(r"SigCgt:\s*(\w+)", caught.read_text())[0], 16) & bit)
+    process.send_signal(signal.SIGTERM)
+    assert "nothing to save" in process.communicate(timeout=20)[1]
+    assert process.returncode == 130
 
 
 def test_under_a_launcher_train_becomes_the_rank(cli: Cli) -> None:

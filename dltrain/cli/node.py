@@ -9,16 +9,18 @@ The host whose address is the head's listens for the others.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 from dltrain.cli.main import Parser
 from dltrain.config import Config, split_arguments
-from dltrain.errors import UserError
+from dltrain.errors import EXIT_INTERRUPTED, UserError
 from dltrain.parallel.checks import check_layout
 from dltrain.recipes import declarations, find, recipe_name
 from dltrain.runtime.ending import ending_of
@@ -48,12 +50,18 @@ def run(arguments: Sequence[str]) -> int:
     _check(known)
     config = declarations(known.recipe).configure(known.preset, overrides)
     check_layout(config, Environment(0, known.nproc * known.hosts, 0, known.nproc))
+    signal.signal(signal.SIGTERM, _leave)  # which the kernel keeps from a process 1 that does not ask for it
     try:
         wait_for([known.head.rpartition(":")[0]], patience())
     except UserError as error:  # not the user's mistake here: the scheduler may bring that host yet
         print(f"dltrain: error: {error}", file=sys.stderr, flush=True)
         return 1
     return _run(known, config, overrides)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    print("dltrain: SIGTERM came and there was nothing to save yet", file=sys.stderr, flush=True)
+    sys.exit(EXIT_INTERRUPTED)
 
 
 def _check(known: Namespace) -> None:
