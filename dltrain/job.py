@@ -25,6 +25,7 @@ from typing import IO, Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer, committed, read_state, step_folder
@@ -404,6 +405,8 @@ def _guarded(body: Any, environment: Environment) -> int:
         failure = Failure.of(error, rank, "dltrain: interrupted; the last saved checkpoint is whole", EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - shown whole, by the launcher or here
         failure = Failure.of(error, rank, f"dltrain: rank {rank} failed:\n{traceback.format_exc()}", 1)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows what the first rank to fail has left there
+            get_error_handler().record_exception(error)
     if not report_failure(failure):
         _leave_word(failure)
         print(failure.message, file=sys.stderr, flush=True)

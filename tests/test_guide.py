@@ -17,7 +17,10 @@ from dltrain.errors import UserError
 from dltrain.recipes import declarations
 from tests.conftest import ROOT, Cli
 
-PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "docs/guide.md", "docs/data.md", "docs/debugger.md")}
+PAGES = {
+    page: (ROOT / page).read_text()
+    for page in ("README.md", "docs/guide.md", "docs/data.md", "docs/debugger.md", "docs/sagemaker.md")
+}
 RECIPES = (("image/classify", "digits"), ("timeseries/forecast", "co2"))
 SPANS = [
     (page, re.sub(r"\s+", " ", span))

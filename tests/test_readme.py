@@ -25,7 +25,7 @@ def test_the_commands_run_from_any_folder(block: str, tmp_path: Path) -> None:
 
 
 def test_every_command_is_either_executed_here_or_a_target_of_the_makefile() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     others = [
         line
         for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -49,7 +49,9 @@ def test_the_main_job_ends_with_one_json_object(cli, tmp_path: Path) -> None:
     assert (tmp_path / done.result["run"] / "report" / "evaluation.html").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/architecture.md", "benchmarks/results/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/guide.md", "docs/sagemaker.md", "docs/architecture.md", "benchmarks/results/README.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -81,6 +83,7 @@ def test_the_rooms_import_from_their_own_floor_or_below() -> None:
         "planning": 6,
         "recipes": 6,
         "sagemaker": 6,
+        "doctor": 6,
         "cli": 6,
         "testing": 6,
     }

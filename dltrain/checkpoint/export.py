@@ -52,13 +52,15 @@ def _gathered(mine: dict[str, Tensor], stages: int) -> dict[str, Tensor]:
 
 def export_model(folder: Path, engine: Engine, facts: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
     """Write the weights, ``facts`` as ``model.json``, and ``files`` by name; collective, and rank 0 alone writes."""
-    with engine.averaged(), torch.no_grad():
+    part = folder / f".{WEIGHTS}"
+    if engine.mesh.environment.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    with engine.averaged(), torch.no_grad():  # what is on the host already is the model's own memory
         weights = whole_weights(engine)
+        if engine.mesh.environment.is_main:
+            save_file(_unshared(weights), part, {"format": "pt"})
     if not engine.mesh.environment.is_main:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{WEIGHTS}"
-    save_file(_unshared(weights), part, {"format": "pt"})
     part.rename(folder / WEIGHTS)
     for name, data in files.items():
         storage.write(str(folder / name), data)

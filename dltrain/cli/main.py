@@ -22,6 +22,7 @@ COMMANDS = {
     "shards": "build, index, verify and list shards",
     "launch": "start a job here, on SageMaker, Slurm or Kubernetes",
     "node": "run one host's ranks of a job of several hosts",
+    "doctor": "look at this machine, and at a planned job",
     "demo": "train the digits on two ranks from a local S3 endpoint",
 }
 

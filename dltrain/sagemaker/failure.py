@@ -11,6 +11,7 @@ Reference: https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-train
 from __future__ import annotations
 
 import re
+import sys
 
 from dltrain.errors import EXIT_USER_ERROR
 from dltrain.runtime.ending import PEERS
@@ -51,7 +52,9 @@ HINTS: tuple[tuple[str, str], ...] = (
 def reason(failure: Failure, host: str) -> str:
     """At most :data:`MOST` characters for somebody who sees nothing else."""
     if failure.status == EXIT_USER_ERROR:
-        return _cut(failure.message.removeprefix("dltrain: error: "), MOST)
+        hint = _hint(failure)
+        said = failure.message.removeprefix("dltrain: error: ")
+        return _cut(said, MOST - len(hint) - 2) + (f". {hint}" if hint else "")
     step = f", step {failure.step}" if failure.step else ""
     where = f"rank {failure.rank} on {host}{step}: "
     rest = " ".join(filter(None, (_hint(failure), _code(failure))))
@@ -59,21 +62,27 @@ def reason(failure: Failure, host: str) -> str:
 
 
 def write_failure(folders: Folders, failure: Failure, host: str) -> bool:
-    """Write both files; returns whether this was the first to fail."""
+    """Write both files, as far as the disk takes them; returns whether this was the first to fail."""
+    first = write_reason(folders, reason(failure, host))  # which is more, where the disk is full
     log = folders.output_data / f"failure-{host}-rank-{failure.rank}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(failure.message + "\n")
-    return write_reason(folders, reason(failure, host))
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(failure.message + "\n")
+    except OSError as error:
+        print(f"dltrain: {log} cannot be written: {error}", file=sys.stderr)
+    return first
 
 
 def write_reason(folders: Folders, text: str) -> bool:
     """The failure file alone, unless there is one."""
-    folders.output.mkdir(parents=True, exist_ok=True)
     try:
+        folders.output.mkdir(parents=True, exist_ok=True)
         with (folders.output / NAME).open("x") as file:
             file.write(_cut(text, MOST))
     except FileExistsError:
         return False
+    except OSError as error:
+        print(f"dltrain: the failure file cannot be written: {error}", file=sys.stderr)
     return True
 
 

@@ -67,6 +67,7 @@ def build(recipe: str, preset: str, settings: Mapping[str, Any], config: Config,
             "S3Uri": options.checkpoints or f"{base}/checkpoints",
             "LocalPath": f"{BASE}/checkpoints",
         },
+        "ProfilerConfig": {"DisableProfiler": True},  # or SageMaker attaches it
         "Environment": dict(options.environment),
         "Tags": [{"Key": key, "Value": value} for key, value in options.tags.items()],
     }

@@ -11,13 +11,15 @@ words of the command.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
-from dltrain.errors import EXIT_USER_ERROR, UserError
+from dltrain.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from dltrain.runtime.environment import cores
 from dltrain.runtime.launch import RECIPE
 from dltrain.runtime.meeting import PORT, agent, patience, wait_for
@@ -40,7 +42,9 @@ GRACE = 110.0
 
 def main(arguments: Sequence[str]) -> int:
     """Run this host's part of the job; returns the exit status."""
-    folders = Folders.read()
+    folders, began = Folders.read(), time.time()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)  # process 1 gets no signal that it has no handler of
     try:
         job = TrainingJob.read()
         if job is None:
@@ -55,25 +59,36 @@ def main(arguments: Sequence[str]) -> int:
         start = read_start(job, job.hyperparameters.arguments(words))
         network = variables_for(job.instance_type, job.interface, len(job.hosts))
         wait_for(job.hosts, patience())
-        return _run(job, start, network)
+        return _run(job, start, network, began)
+    except _Interrupted as signalled:
+        print(f"dltrain: {signalled} came before any rank was started", file=sys.stderr, flush=True)
+        write_reason(folders, f"{signalled} came before any rank was started")
+        return EXIT_INTERRUPTED
     except UserError as error:
         print(f"dltrain: error: {error}", file=sys.stderr, flush=True)
         write_reason(folders, str(error))
         return EXIT_USER_ERROR
 
 
-def _run(job: TrainingJob, start: Start, network: Mapping[str, str]) -> int:
+class _Interrupted(Exception):
+    """A signal came; its name."""
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted(signal.Signals(number).name)
+
+
+def _run(job: TrainingJob, start: Start, network: Mapping[str, str], began: float) -> int:
     with tempfile.TemporaryDirectory(prefix="dltrain-") as folder:
         words, report = Path(folder) / "words", Path(folder) / "report.json"
         words.mkdir()
-        own = {
-            FAILURES: str(words),
-            RECIPE: start.name,
-            STARTED: str(time.time()),
+        usual = {
+            **network,
             "OMP_NUM_THREADS": str(start.config.run.threads or max(1, cores() // start.nproc)),
             "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
-        minded = Minded(command_of(job, start, report), {**network, **own, **os.environ, **own}, words, GRACE)
+        own = {FAILURES: str(words), RECIPE: start.name, STARTED: str(began)}
+        minded = Minded(command_of(job, start, report), {**usual, **os.environ, **own}, words, GRACE)
         status = minded.run()
         return verdict(job, minded, status, words, report)
 

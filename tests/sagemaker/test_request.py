@@ -54,6 +54,7 @@ def test_a_plain_request_has_what_the_job_needs() -> None:
     }
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 86400}
     assert "DebugHookConfig" not in request  # rules are our own
+    assert request["ProfilerConfig"] == {"DisableProfiler": True}
     assert "InputDataConfig" not in request
     back = read_hyperparameters(
         {"SM_HPS": json.dumps({k: json.loads(v) for k, v in request["HyperParameters"].items()})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,15 +31,15 @@ Hosts = dict[str, "subprocess.Popen[str]"]
 def started(
     made: Fabricated,
     variables: Mapping[str, str] | None = None,
-    prefix: tuple[str, ...] = (),
+    prefixes: Mapping[str, tuple[str, ...]] | None = None,
     words: tuple[str, ...] = (),
 ) -> Iterator[Hosts]:
-    """The entry point of each host."""
+    """The entry point of each host, by the command before it."""
     base = {name: value for name, value in os.environ.items() if not name.startswith("SM_")}
     base |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(variables or {})}
     hosts = {
         host: subprocess.Popen(
-            [*prefix, sys.executable, "-m", "dltrain.sagemaker", *words],
+            [*(prefixes or {}).get(host, ()), sys.executable, "-m", "dltrain.sagemaker", *words],
             env={**base, **made.variables(host)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -167,6 +168,69 @@ def test_a_deadline_stops_the_job_in_time(tmp_path: Path) -> None:
     assert committed(run_of(made) / "checkpoints")
 
 
+@pytest.mark.slow
+def test_a_full_disk_is_told_and_the_status_is_that_of_a_failure(tmp_path: Path, small_disk: Path) -> None:
+    made = Fabricated(tmp_path, 1, {**LONG, "model__width": 4096, "checkpoint__every": "2st"})
+    made.lay_down()
+    file = made.base(made.names[0]) / "input" / "config" / "checkpointconfig.json"
+    file.write_text(json.dumps({"S3Uri": "s3://b/c", "LocalPath": str(small_disk)}))
+    with started(made) as hosts:
+        ((status, printed),) = ended(hosts).values()
+    assert status in (1, 2), printed  # by who is the first to want to write
+    assert "No space left on device" in made.failure(made.names[0])
+    assert "ask for a larger volume" in made.failure(made.names[0])
+
+
+@pytest.mark.slow
+def test_a_failure_that_the_disk_has_no_room_for_is_in_the_log(tmp_path: Path, small_disk: Path) -> None:
+    made = Fabricated(small_disk, 1, LONG)
+    made.lay_down()
+    with pytest.raises(OSError, match="No space"), (small_disk / "rest").open("wb") as rest:
+        rest.write(bytes(1 << 20))
+    with started(made) as hosts:
+        ((status, printed),) = ended(hosts).values()
+    assert status != 0
+    assert "No space left on device" in printed
+
+
+@pytest.fixture
+def two_networks() -> Iterator[tuple[str, str]]:
+    """Two hosts as the kernel has them: network namespaces with a cable between them."""
+    if shutil.which("ip") is None or os.geteuid():
+        pytest.skip("network namespaces need root and iproute2")
+    names = (f"dltrain-a-{os.getpid()}", f"dltrain-b-{os.getpid()}")
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(f"ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}")
+    for place, name in enumerate(names):
+        inside = f"ip netns exec {name} ip"
+        commands += [f"{inside} addr add 10.77.0.{place + 1}/24 dev veth0", f"{inside} link set veth0 up"]
+        commands += [f"{inside} link set lo up"]
+    for command in commands:
+        done = subprocess.run(command.split(), capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
+    yield names
+    for name in names:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_with_networks_of_their_own_train_together(tmp_path: Path, two_networks: tuple[str, str]) -> None:
+    made = Fabricated(tmp_path, 2, {**SETTINGS, "parallel__dp_shard": 2})
+    made.lay_down()
+    addresses = ["10.77.0.1", "10.77.0.2"]
+    for host, address in zip(made.names, addresses, strict=True):
+        file = made.base(host) / "input" / "config" / "resourceconfig.json"
+        tree = json.loads(file.read_text())
+        tree |= {"current_host": address, "hosts": addresses, "network_interface_name": "veth0"}
+        file.write_text(json.dumps(tree))
+    networks = zip(made.names, two_networks, strict=True)
+    with started(made, prefixes={host: ("ip", "netns", "exec", network) for host, network in networks}) as hosts:
+        done = list(ended(hosts).values())
+    assert [status for status, _ in done] == [0, 0], done
+    assert "2 ranks talk by gloo" in done[0][1] + done[1][1]
+
+
 @pytest.mark.parametrize(
     ("changes", "variables", "words"),
     [
@@ -237,7 +301,7 @@ def test_as_process_one_of_a_container_it_saves_within_the_time_that_is_left(tmp
         pytest.skip("a namespace of processes needs root")
     made = Fabricated(tmp_path, 1, {**LONG, "nproc": 2})
     made.lay_down()
-    with started(made, prefix=prefix) as hosts:
+    with started(made, prefixes={made.names[0]: prefix}) as hosts:
         (process,) = hosts.values()
         until(lambda: steps(made) > 5)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -247,6 +311,21 @@ def test_as_process_one_of_a_container_it_saves_within_the_time_that_is_left(tmp
     assert status == 75, printed
     assert time.monotonic() - asked < 20
     assert len(committed(run_of(made) / "checkpoints")) == 1
+
+
+def test_a_signal_while_hosts_are_waited_for_ends_it_at_once(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path, 1, SETTINGS)
+    made.lay_down()
+    file = made.base(made.names[0]) / "input" / "config" / "resourceconfig.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hosts": [*made.names, "algo-2.invalid"]}))
+    with started(made) as hosts:
+        (process,) = hosts.values()
+        time.sleep(2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        ((status, printed),) = ended(hosts).values()
+    assert status == 130, printed
+    assert "SIGTERM came before any rank was started" in made.failure(made.names[0])
 
 
 def test_the_command_shows_what_a_job_would_do(cli: Cli, tmp_path: Path) -> None:
