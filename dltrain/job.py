@@ -45,6 +45,7 @@ from dltrain.parallel.weights import Weights
 from dltrain.planning import plan
 from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
+from dltrain.runtime.ending import is_of_peers
 from dltrain.runtime.environment import Environment, rendezvous
 from dltrain.runtime.launch import RECIPE
 from dltrain.runtime.logs import outlive_readers, say, warn
@@ -54,7 +55,7 @@ from dltrain.runtime.word import Failure, report_failure, report_ready, report_r
 from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
 from dltrain.sagemaker.debug_hook import apply_debug_hook
 from dltrain.sagemaker.delivery import deliver
-from dltrain.sagemaker.failure import is_of_peers, write_failure
+from dltrain.sagemaker.failure import write_failure
 from dltrain.sagemaker.hyperparameters import Hyperparameters
 from dltrain.sagemaker.placing import placed
 from dltrain.sagemaker.training_job import TrainingJob

@@ -26,7 +26,8 @@ def test_only_the_package_is_at_the_top(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dltrain"}
     assert {"dltrain/recipes/image/classify.py", "dltrain/recipes/timeseries/forecast.py"} <= set(names)
-    assert "dltrain/launch/torchrun.sh" in names
+    files = ("torchrun.sh", "slurm.sbatch", "kubernetes.yaml", "Dockerfile", "cloudformation.yaml")
+    assert {f"dltrain/launch/{file}" for file in files} <= set(names)
 
 
 def test_an_unpacked_wheel_lists_and_runs_its_recipes(wheel: Path, tmp_path: Path) -> None:
@@ -43,6 +44,7 @@ def test_an_unpacked_wheel_lists_and_runs_its_recipes(wheel: Path, tmp_path: Pat
         str(site)
     )
     assert "image/classify" in run("recipe", "ls")
+    assert "#SBATCH --nodes=2" in run("launch", "slurm", "image/classify", "--preset", "digits", "--nodes", "2")
     assert '"accuracy"' in run("train", "image/classify", "--preset", "digits", "--run.length", "1ep")
 
 

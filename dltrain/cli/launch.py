@@ -10,6 +10,8 @@ from dltrain.errors import UserError, nearest
 PLACES = {
     "local": "this machine; with --as-sagemaker in the folders and by the entry point of a training container",
     "sagemaker": "a training job; --dry-run prints its request",
+    "slurm": "a batch script, printed, written or submitted",
+    "kubernetes": "a Job and its Service, printed, written or applied",
 }
 
 

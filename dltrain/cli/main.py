@@ -20,7 +20,8 @@ COMMANDS = {
     "runs": "list runs",
     "debug": "show what was found inside a run",
     "shards": "build, index, verify and list shards",
-    "launch": "start a job here, or as SageMaker would",
+    "launch": "start a job here, on SageMaker, Slurm or Kubernetes",
+    "node": "run one host's ranks of a job of several hosts",
     "doctor": "look at this machine, and at a planned job",
     "demo": "train the digits on two ranks from a local S3 endpoint",
 }

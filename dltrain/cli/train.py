@@ -1,7 +1,11 @@
-"""``dltrain train RECIPE [--preset NAME | --config FILE] [--nproc N] [--section.key value ...]``"""
+"""``dltrain train RECIPE [--preset NAME | --config FILE] [--nproc N] [--section.key value ...]``
+
+Under a launcher (``srun dltrain train ...``, ``mpirun``, torchrun) each of these processes becomes the rank that it is.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,22 +28,29 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("recipe", nargs="?")
     parser.add_argument("--preset", default="")
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--nproc", type=int)
     parser.add_argument("-h", "--help", action="store_true")
     known = parser.parse_args(words)
     if known.help or known.recipe is None:
         print(_help(known.recipe, known.preset))
         return 0 if known.help else 2
-    if known.nproc < 1:
-        raise UserError(f"--nproc is {known.nproc}; give 1 or more")
+    here = Environment.read()
+    nproc = 1 if known.nproc is None else known.nproc
+    if nproc < 1:
+        raise UserError(f"--nproc is {nproc}; give 1 or more")
+    if here.launcher and known.nproc is not None:
+        raise UserError(f"--nproc is {nproc}, and {here.launcher} has started {here.world_size} rank(s): leave it out")
     config = declarations(known.recipe).configure(known.preset, overrides, known.config)
-    check_layout(config, Environment(0, known.nproc, 0, known.nproc))
-    choose_run(config, recipe_name(known.recipe), known.preset)
+    check_layout(config, here if here.launcher else Environment(0, nproc, 0, nproc))
     command = [sys.executable, str(find(known.recipe)), "train"]
     command += ["--preset", known.preset] if known.preset else []
     command += ["--config", str(known.config)] if known.config else []
     command += [f"--{name}={value}" for name, value in overrides.items()]
-    return launch(command, known.nproc, {RECIPE: recipe_name(known.recipe)})
+    named = {RECIPE: recipe_name(known.recipe)}
+    if here.launcher:  # signals are to reach the rank itself, so it takes this process's place
+        os.execve(sys.executable, command, {**os.environ, **named})
+    choose_run(config, recipe_name(known.recipe), known.preset)
+    return launch(command, nproc, named)
 
 
 def _help(recipe: str | None, preset: str) -> str:

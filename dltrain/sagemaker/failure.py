@@ -14,6 +14,7 @@ import re
 import sys
 
 from dltrain.errors import EXIT_USER_ERROR
+from dltrain.runtime.ending import PEERS
 from dltrain.runtime.word import Failure
 from dltrain.sagemaker.folders import Folders
 
@@ -21,12 +22,6 @@ MOST = 1024
 """Characters that SageMaker shows."""
 
 NAME = "failure"
-
-_PEERS = re.compile(
-    r"closed by peer|reset by peer|recvBytes|broken pipe|NCCL.*(remote|abort|unhandled)|ncclRemoteError|"
-    r"connectFullMesh|DistNetworkError|no longer available",
-    re.IGNORECASE,
-)
 
 HINTS: tuple[tuple[str, str], ...] = (
     (r"rendezvous", "Not all hosts came: look whether each has started, and whether they reach each other's ports."),
@@ -49,14 +44,9 @@ HINTS: tuple[tuple[str, str], ...] = (
      "instance with more memory."),
     (r"SIGSEGV|SIGABRT|SIGFPE|SIGILL", "A library crashed: its last lines in the log say where; other versions of "
      "torch, the driver or NCCL may not."),
-    (_PEERS.pattern, "Another rank or host ended first: its log says why."),
+    (PEERS.pattern, "Another rank or host ended first: its log says why."),
 )  # fmt: skip
 """What to do about an error that an expression is found in, the first one that fits."""
-
-
-def is_of_peers(failure: Failure) -> bool:
-    """Whether a rank failed for others were gone: then they are to blame."""
-    return failure.status != EXIT_USER_ERROR and bool(_PEERS.search(failure.error) or _PEERS.search(failure.message))
 
 
 def reason(failure: Failure, host: str) -> str:

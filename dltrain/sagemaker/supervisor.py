@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,21 +22,19 @@ from types import FrameType
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from dltrain.runtime.environment import cores
 from dltrain.runtime.launch import RECIPE
+from dltrain.runtime.meeting import PORT, agent, patience, wait_for
+from dltrain.runtime.minding import Minded
 from dltrain.runtime.stop import STARTED
 from dltrain.runtime.word import FAILURES
 from dltrain.sagemaker.failure import write_reason
 from dltrain.sagemaker.folders import Folders
-from dltrain.sagemaker.minding import Minded
 from dltrain.sagemaker.network import variables_for
 from dltrain.sagemaker.start import Start, install_requirements, read_start
 from dltrain.sagemaker.training_job import TrainingJob
 from dltrain.sagemaker.verdict import verdict
 
-PORT = 7777
-"""Where the first host listens for the others, as in SageMaker's own containers."""
-
-WAIT = "DLTRAIN_HOSTS_TIMEOUT"
-"""Variable: seconds that hosts have to come, 600 if it is not set."""
+ARGUMENT = "train"
+"""What SageMaker hands to an image's own entry point, where the request names none."""
 
 GRACE = 110.0
 """Seconds that ranks have to save: SageMaker kills 120 after its signal."""
@@ -58,9 +55,10 @@ def main(arguments: Sequence[str]) -> int:
         for told in job.hyperparameters.told:
             print(f"dltrain: {told}", file=sys.stderr)
         install_requirements(job)
-        start = read_start(job, job.hyperparameters.arguments(arguments))
+        words = arguments[1:] if arguments[:1] == [ARGUMENT] else arguments
+        start = read_start(job, job.hyperparameters.arguments(words))
         network = variables_for(job.instance_type, job.interface, len(job.hosts))
-        wait_for(job, float(os.environ.get(WAIT) or 600))
+        wait_for(job.hosts, patience())
         return _run(job, start, network, began)
     except _Interrupted as signalled:
         print(f"dltrain: {signalled} came before any rank was started", file=sys.stderr, flush=True)
@@ -80,29 +78,6 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise _Interrupted(signal.Signals(number).name)
 
 
-def wait_for(job: TrainingJob, seconds: float) -> None:
-    """Until the names of all hosts are known; others start later, and their names come with them. Raises
-    :class:`UserError` naming those that have not come."""
-    until, pause = time.monotonic() + seconds, 0.2
-    left = list(job.hosts)
-    while left := [host for host in left if not _is_known(host)]:
-        if time.monotonic() > until:
-            raise UserError(
-                f"after {seconds:g} s {', '.join(left)} of {len(job.hosts)} hosts are not found by name: have they "
-                "started? Look, or start the job again"
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, 5.0)
-
-
-def _is_known(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return True
-
-
 def _run(job: TrainingJob, start: Start, network: Mapping[str, str], began: float) -> int:
     with tempfile.TemporaryDirectory(prefix="dltrain-") as folder:
         words, report = Path(folder) / "words", Path(folder) / "report.json"
@@ -120,17 +95,6 @@ def _run(job: TrainingJob, start: Start, network: Mapping[str, str], began: floa
 
 def command_of(job: TrainingJob, start: Start, report: Path) -> list[str]:
     """torchrun's own words: all hosts meet at the first one."""
-    torchrun = [sys.executable, "-m", "dltrain.runtime.elastic", str(report), f"--nproc-per-node={start.nproc}"]
-    if len(job.hosts) == 1:
-        torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # a free port
-    else:
-        wait = int(float(os.environ.get(WAIT) or 600))
-        torchrun += [
-            f"--nnodes={len(job.hosts)}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={job.hosts[0]}:{PORT}",
-            f"--rdzv-id={job.name or 'dltrain'}",
-            f"--rdzv-conf=is_host={int(job.rank_of_host == 0)},join_timeout={wait},read_timeout={wait}",
-            f"--local-addr={job.host}",
-        ]
-    return [*torchrun, str(start.recipe), "train", *start.arguments]
+    head = f"{job.hosts[0]}:{PORT}"
+    words = agent(report, start.nproc, len(job.hosts), head, job.host, job.name or "dltrain")
+    return [*words, str(start.recipe), "train", *start.arguments]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dltrain.errors import UserError
+from dltrain.runtime.ending import is_of_peers
 from dltrain.runtime.word import Failure
-from dltrain.sagemaker.failure import MOST, is_of_peers, reason, write_failure
+from dltrain.sagemaker.failure import MOST, reason, write_failure
 from dltrain.sagemaker.folders import Folders
 
 KINDS = {

@@ -29,14 +29,17 @@ Hosts = dict[str, "subprocess.Popen[str]"]
 
 @contextmanager
 def started(
-    made: Fabricated, variables: Mapping[str, str] | None = None, prefixes: Mapping[str, tuple[str, ...]] | None = None
+    made: Fabricated,
+    variables: Mapping[str, str] | None = None,
+    prefixes: Mapping[str, tuple[str, ...]] | None = None,
+    words: tuple[str, ...] = (),
 ) -> Iterator[Hosts]:
     """The entry point of each host, by the command before it."""
     base = {name: value for name, value in os.environ.items() if not name.startswith("SM_")}
     base |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(variables or {})}
     hosts = {
         host: subprocess.Popen(
-            [*(prefixes or {}).get(host, ()), sys.executable, "-m", "dltrain.sagemaker"],
+            [*(prefixes or {}).get(host, ()), sys.executable, "-m", "dltrain.sagemaker", *words],
             env={**base, **made.variables(host)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -250,6 +253,14 @@ def test_mistakes_are_refused_before_anything_starts(
     assert status == 2
     assert words in made.failure(made.names[0])
     assert "Traceback" not in printed
+
+
+def test_the_word_that_sagemaker_hands_to_every_image_is_no_recipe(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path, 1, {**SETTINGS, "preset": "smal"})
+    made.lay_down()
+    with started(made, words=("train",)) as hosts:
+        assert [status for status, _ in ended(hosts).values()] == [2]
+    assert "has no preset 'smal'" in made.failure(made.names[0])
 
 
 def test_accelerators_that_torch_does_not_know_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Minding a process tree as its first process does: signals handed on, orphans reaped, nothing left behind.
 
-SageMaker sends SIGTERM to process 1 of a container and SIGKILL 120 seconds later. A shell in that place hands nothing
-on. Here those ranks that listen get the signal, and have until ``grace`` to save; then everything is ended.
+SageMaker and Kubernetes send SIGTERM to process 1 of a container and SIGKILL some time later. A shell in that place
+hands nothing on. Here those ranks that listen get the signal, and have until ``grace`` to save; then everything is
+ended.
 """
 
 from __future__ import annotations

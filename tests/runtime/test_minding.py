@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dltrain.sagemaker import minding
-from dltrain.sagemaker.minding import Minded
+from dltrain.runtime import minding
+from dltrain.runtime.minding import Minded
 
 RANK = """
 import os, pathlib, signal, sys, time

@@ -1,0 +1,67 @@
+"""How the hosts of a job come together: names that must be known, and the words for torchrun's agent on each.
+
+wait_for(["algo-1", "algo-2"], seconds=600)
+command = agent(report, nproc=8, hosts=2, head="algo-1:7777", address="algo-2", job="dltrain")
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dltrain.errors import UserError
+
+PORT = 7777
+"""Where the first host listens for the others, as in SageMaker's own containers."""
+
+WAIT = "DLTRAIN_HOSTS_TIMEOUT"
+"""Variable: seconds that hosts have to come, 600 if it is not set."""
+
+
+def patience() -> float:
+    """Seconds that hosts have to come."""
+    return float(os.environ.get(WAIT) or 600)
+
+
+def wait_for(hosts: Sequence[str], seconds: float) -> None:
+    """Until the names of these hosts are known; they may start later, and their names come with them. Raises
+    :class:`UserError` naming those that have not come."""
+    until, pause = time.monotonic() + seconds, 0.2
+    left = list(hosts)
+    while left := [host for host in left if not _is_known(host)]:
+        if time.monotonic() > until:
+            raise UserError(
+                f"after {seconds:g} s {', '.join(left)} of {len(hosts)} hosts are not found by name: have they "
+                "started? Look, or start the job again"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
+
+
+def _is_known(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
+def agent(report: Path, nproc: int, hosts: int, head: str, address: str, job: str) -> list[str]:
+    """torchrun's own words: all hosts meet at ``head`` (host:port), which is the one of that ``address``."""
+    words = [sys.executable, "-m", "dltrain.runtime.elastic", str(report), f"--nproc-per-node={nproc}"]
+    if hosts == 1:
+        return [*words, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # a free port
+    is_head, wait = int(head.rpartition(":")[0] == address), int(patience())
+    return [
+        *words,
+        f"--nnodes={hosts}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={head}",
+        f"--rdzv-id={job}",
+        f"--rdzv-conf=is_host={is_head},join_timeout={wait},read_timeout={wait}",
+        f"--local-addr={address}",
+    ]
