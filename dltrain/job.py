@@ -9,13 +9,11 @@ The command line of a recipe file is ``[train | eval RUN] [--preset NAME | --con
 from __future__ import annotations
 
 import argparse
-import atexit
 import inspect
 import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +23,6 @@ from typing import IO, Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer, committed, read_state, step_folder
@@ -33,11 +30,12 @@ from dltrain.checkpoint.weights import starting_weights, wants_weights
 from dltrain.config import Config, from_tree, load_overrides, split_arguments, to_yaml
 from dltrain.config.tree import AUTO
 from dltrain.data.reader import Dataset
-from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from dltrain.errors import EXIT_STOPPED, UserError
 from dltrain.evaluation import evaluate, write_report
 from dltrain.hooks.base import Hook
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
 from dltrain.job_hooks import hooks_of
+from dltrain.job_process import environment_of_process, guarded, leave
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.checks import check_layout, layout_for_scoring
@@ -45,26 +43,21 @@ from dltrain.parallel.weights import Weights
 from dltrain.planning import plan
 from dltrain.recipes import Declarations, describe_module, recipe_name
 from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
-from dltrain.runtime.ending import is_of_peers
-from dltrain.runtime.environment import Environment, rendezvous
+from dltrain.runtime.environment import Environment
 from dltrain.runtime.launch import RECIPE
 from dltrain.runtime.logs import outlive_readers, say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
-from dltrain.runtime.word import Failure, report_failure, report_ready, report_running, report_stopped
+from dltrain.runtime.word import report_ready, report_running, report_stopped
 from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
 from dltrain.sagemaker.debug_hook import apply_debug_hook
 from dltrain.sagemaker.delivery import deliver
-from dltrain.sagemaker.failure import write_failure
 from dltrain.sagemaker.hyperparameters import Hyperparameters
 from dltrain.sagemaker.placing import placed
 from dltrain.sagemaker.training_job import TrainingJob
 from dltrain.task import Task
 from dltrain.trainer import Trainer
 from dltrain.verification import record_steps
-
-PEERS_SPEAK = 3.0
-"""Seconds that a rank waits before it tells that its peers are gone."""
 
 
 @dataclass(frozen=True)
@@ -85,33 +78,13 @@ def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise TypeError(f"main() takes a class derived from Task, not {task!r}")
     outlive_readers()
-    environment = _environment()
+    environment = environment_of_process()
     report_running(environment.rank, True)
-    status = _guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment)
+    status = guarded(lambda: _run(task, environment, sys.argv[1:] if arguments is None else arguments), environment)
     report_running(environment.rank, False)
     if environment.world_size > 1:
-        _leave(status)
+        leave(status)
     sys.exit(status)
-
-
-def _environment() -> Environment:
-    """Where this rank stands, in torch's own variables as well."""
-    try:
-        environment = Environment.read()
-    except UserError as error:
-        print(f"dltrain: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    os.environ.update(rendezvous(environment, os.environ))
-    return environment
-
-
-def _leave(status: int) -> None:
-    """End a rank without taking the interpreter down: what is left of process groups may wait there for peers inside a
-    collective, and gloo's threads now and then abort a rank whose work is done."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def train(job: Job) -> int:
@@ -392,33 +365,3 @@ def _report_facts(run: RunFolder, step: int, checkpoint: Path | None, config: Co
 
 def _show(result: dict[str, Any]) -> None:
     print(json.dumps(result), flush=True)
-
-
-def _guarded(body: Any, environment: Environment) -> int:
-    """Run ``body``; the user's mistake becomes one sentence, anything else keeps its traceback."""
-    rank = environment.rank
-    try:
-        return int(body())
-    except UserError as error:
-        failure = Failure.of(error, rank, f"dltrain: error: {error}", EXIT_USER_ERROR)
-    except KeyboardInterrupt as error:
-        failure = Failure.of(error, rank, "dltrain: interrupted; the last saved checkpoint is whole", EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - shown whole, by the launcher or here
-        failure = Failure.of(error, rank, f"dltrain: rank {rank} failed:\n{traceback.format_exc()}", 1)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows what the first rank to fail has left there
-            get_error_handler().record_exception(error)
-    if not report_failure(failure):
-        _leave_word(failure)
-        print(failure.message, file=sys.stderr, flush=True)
-    return failure.status
-
-
-def _leave_word(failure: Failure) -> None:
-    """For SageMaker, where no launcher of ours does it; a rank whose peers are gone lets them speak first."""
-    try:
-        job = TrainingJob.read()
-    except UserError:
-        return  # a job that is described so badly has no folder for it
-    if job is not None:
-        time.sleep(PEERS_SPEAK if is_of_peers(failure) else 0)
-        write_failure(job.folders, failure, job.host)

@@ -50,7 +50,15 @@ def test_the_main_job_ends_with_one_json_object(cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/guide.md", "docs/sagemaker.md", "docs/architecture.md", "benchmarks/results/README.md"]
+    "page",
+    [
+        "README.md",
+        "docs/guide.md",
+        "docs/sagemaker.md",
+        "docs/launching.md",
+        "docs/architecture.md",
+        "benchmarks/results/README.md",
+    ],
 )
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
@@ -79,6 +87,7 @@ def test_the_rooms_import_from_their_own_floor_or_below() -> None:
         "job": 6,
         "job_data": 6,
         "job_hooks": 6,
+        "job_process": 6,
         "verification": 6,
         "planning": 6,
         "recipes": 6,
