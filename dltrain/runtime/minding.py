@@ -33,7 +33,10 @@ PAUSE = 0.05
 
 
 class Minded:
-    """A command whose ranks leave word in ``folder`` (:mod:`dltrain.runtime.word`)."""
+    """A command whose ranks leave word in ``folder`` (:mod:`dltrain.runtime.word`).
+
+    The process is given up to it: whatever children it has are reaped, and ended at the end.
+    """
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str], folder: Path, grace: float) -> None:
         self._command, self._variables, self._folder, self._grace = command, variables, folder, grace

@@ -1,19 +1,35 @@
-"""What the first process of a container owes to those below it."""
+"""What the first process of a container owes to those below it; it is one of its own here, for it reaps whatever it
+finds."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
+from tests.conftest import ROOT
+
+MIND = """
+import json, os, pathlib, sys, threading, time
 import psutil
-import pytest
-
 from dltrain.runtime import minding
-from dltrain.runtime.minding import Minded
+minding.LAST, minding.UNREADY = 1.0, 0.5
+folder, code, grace, mark = pathlib.Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
+watched = minding.Minded([sys.executable, "-c", code, str(folder)], dict(os.environ), folder, grace)
+def signal_when():
+    while not (folder / mark).exists():
+        time.sleep(0.02)
+    os.kill(os.getpid(), 15)
+if mark:
+    threading.Thread(target=signal_when).start()
+status = watched.run()
+left = len(psutil.Process().children(recursive=True))
+print(json.dumps({"status": status, "signalled": watched.signalled, "forced": watched.forced, "left": left}))
+"""
 
 RANK = """
 import os, pathlib, signal, sys, time
@@ -23,68 +39,41 @@ def handle(number, frame):
         (folder / "saved").touch()
         os._exit(0)
 signal.signal(signal.SIGTERM, handle)
-(folder / "ready-0.part").write_text(str(os.getpid()))
-(folder / "ready-0.part").rename(folder / "ready-0")
+(folder / "part").write_text(str(os.getpid()))
+(folder / "part").rename(folder / "ready-0")
 while True:
     time.sleep(0.05)
 """
 
 
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minding, "LAST", 1.0)
-    monkeypatch.setattr(minding, "UNREADY", 0.5)
-
-
-def minded(folder: Path, code: str, grace: float = 30.0) -> Minded:
-    return Minded([sys.executable, "-c", code, str(folder)], dict(os.environ), folder, grace)
-
-
-def signalled_when(folder: Path, name: str) -> threading.Thread:
-    def send() -> None:
-        while not (folder / name).exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    return sender
-
-
-def children() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+def minded(folder: Path, code: str, grace: float = 30.0, mark: str = "") -> dict[str, Any]:
+    """How the command ended that runs ``code``, signalled when the file ``mark`` is there."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MIND, str(folder), code, str(grace), mark]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
 
 
 def test_a_status_is_handed_on_and_orphans_are_ended_and_reaped(tmp_path: Path) -> None:
-    before = {each.pid for each in children()}
     stubborn = "trap '' TERM; touch ready; sleep 60"
-    shell = f"import subprocess, sys, time, os; subprocess.Popen(['sh', '-c', \"{stubborn}\"], cwd=sys.argv[1])\n"
-    shell += "while not os.path.exists(sys.argv[1] + '/ready'): time.sleep(0.02)\nsys.exit(3)"
-    assert minded(tmp_path, shell).run() == 3
-    assert {each.pid for each in children()} <= before
+    code = f"import subprocess, sys, time, os; subprocess.Popen(['sh', '-c', \"{stubborn}\"], cwd=sys.argv[1])\n"
+    code += "while not os.path.exists(sys.argv[1] + '/ready'): time.sleep(0.02)\nsys.exit(3)"
+    assert minded(tmp_path, code) == {"status": 3, "signalled": "", "forced": False, "left": 0}
 
 
 def test_a_rank_that_listens_gets_the_signal_and_the_time_to_save(tmp_path: Path) -> None:
-    sender = signalled_when(tmp_path, "ready-0")
-    watched = minded(tmp_path, RANK.format(heeds=True))
-    assert watched.run() == 0
-    sender.join()
+    found = minded(tmp_path, RANK.format(heeds=True), mark="ready-0")
+    assert found == {"status": 0, "signalled": "SIGTERM", "forced": False, "left": 0}
     assert (tmp_path / "saved").exists()
-    assert (watched.signalled, watched.forced) == ("SIGTERM", False)
 
 
 def test_one_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    sender = signalled_when(tmp_path, "ready-0")
-    watched = minded(tmp_path, RANK.format(heeds=False), grace=0.5)
-    assert watched.run() == -signal.SIGKILL
-    sender.join()
-    assert watched.forced
+    found = minded(tmp_path, RANK.format(heeds=False), 0.5, mark="ready-0")
+    assert found == {"status": -signal.SIGKILL, "signalled": "SIGTERM", "forced": True, "left": 0}
 
 
 def test_one_that_does_not_listen_yet_has_nothing_to_save(tmp_path: Path) -> None:
-    sender = signalled_when(tmp_path, "begun")
     code = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'begun').touch(); time.sleep(60)"
-    watched = minded(tmp_path, code)
-    assert watched.run() == -signal.SIGTERM
-    sender.join()
-    assert watched.forced
+    found = minded(tmp_path, code, mark="begun")
+    assert found == {"status": -signal.SIGTERM, "signalled": "SIGTERM", "forced": True, "left": 0}

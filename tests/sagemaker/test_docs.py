@@ -18,7 +18,10 @@ PAGE = (ROOT / "docs/sagemaker.md").read_text()
 BLOCKS = re.findall(r"<!-- executed by tests/sagemaker/test_docs.py -->\n```sh\n(.*?)```", PAGE, re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["here", "there"])
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(BLOCKS[0], marks=pytest.mark.slow, id="here"), pytest.param(BLOCKS[1], id="there")],
+)
 def test_the_commands_run(block: str, tmp_path: Path, s3: S3Server) -> None:
     (job,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "job.yaml").write_text(job)

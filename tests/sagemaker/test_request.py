@@ -216,7 +216,8 @@ def test_a_dry_run_prints_the_request_and_starts_nothing(cli: Cli, s3: S3Server)
     assert request["ResourceConfig"]["InstanceCount"] == 2
     assert "at most 48 instance-hours: 2 x ml.p5.48xlarge for 24 h, on spot capacity" in done.err
     client = boto3.client("sagemaker", endpoint_url=s3.url, region_name="us-east-1")
-    assert not client.list_training_jobs()["TrainingJobSummaries"]
+    jobs = [job["TrainingJobName"] for job in client.list_training_jobs()["TrainingJobSummaries"]]
+    assert request["TrainingJobName"] not in jobs
     assert client.create_training_job(**{**request, "TrainingJobName": "taken"})["TrainingJobArn"]
     refused = cli(*WORDS, *GIVEN, "--role=me", "--dry-run")
     assert (refused.status, refused.out) == (2, "")

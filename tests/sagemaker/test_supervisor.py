@@ -328,6 +328,7 @@ def test_a_signal_while_hosts_are_waited_for_ends_it_at_once(tmp_path: Path) -> 
     assert "SIGTERM came before any rank was started" in made.failure(made.names[0])
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_a_job_would_do(cli: Cli, tmp_path: Path) -> None:
     words = ("launch", "local", "--as-sagemaker", "--hosts", "2", TINY, "--preset", "small")
     done = cli(*words)
