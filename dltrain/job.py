@@ -99,7 +99,7 @@ def train(job: Job) -> int:
         mesh = build_mesh(job.config.parallel, job.environment, device)
         place = Place(job.config, task, job.environment, mesh, device)
         data = open_data(job.config, task, job.environment)
-        run = _own(job, _agreed(job, lambda: choose_run(job.config, job.recipe, job.preset)))
+        run = _own(job, *_agreed(job, partial(_chosen, job)))
         loader = train_loader(data, place, run.quarantine)
         checkpointer = Checkpointer(
             run.checkpoints, job.config.checkpoint.keep, job.environment, job.config.run.grace, _is_shared(job, run)
@@ -192,11 +192,16 @@ def _declared(task: type[Task]) -> Declarations:
     return describe_module(module, name, path, module.__doc__ or "")
 
 
-def _own(job: Job, run: RunFolder) -> RunFolder:
+def _chosen(job: Job) -> tuple[RunFolder, bool]:
+    """The run, and whether it is one of ``run.folder``'s."""
+    run = choose_run(job.config, job.recipe, job.preset)
+    return run, run.path.parent == Path(job.config.run.folder).expanduser()
+
+
+def _own(job: Job, run: RunFolder, of_folder: bool) -> RunFolder:
     """The run that rank 0 has chosen as this host has it, where each has a folder of its own."""
-    folder = Path(job.config.run.folder).expanduser()
-    there = RunFolder(folder / run.name)
-    return run if job.of is None or _is_shared(job, there) else there
+    there = RunFolder(Path(job.config.run.folder).expanduser() / run.name)
+    return there if of_folder and job.of is not None and not _is_shared(job, there) else run
 
 
 def _generations(job: Job) -> int:
@@ -289,8 +294,12 @@ def _resume(job: Job, run: RunFolder, trainer: Trainer, checkpointer: Checkpoint
         return
     path = checkpointer.latest()
     if path is None:
-        if wants_weights(job.config) and _goes_on(job, run):
+        damaged = _goes_on(job, run)
+        if wants_weights(job.config) and damaged:
             raise UserError(f"no checkpoint of {run.path} is whole; start a new run from model.weights")
+        if damaged:
+            checkpointer.begin_anew()
+            warn(job.environment, f"no checkpoint of {run.path} is whole: it begins anew, at step 0")
         return
     refuse_resume(job.config, read_channels(), job.environment.nodes)
     state = read_state(path)
@@ -348,9 +357,9 @@ def _conclude(
             hook.report_written(trainer.step, run.report)
     rate = trainer.trained_samples / max(trainer.trained_seconds, 1e-9)
     facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
+    if job.of is not None:  # before the run counts as finished: one that is ended in between goes on from here
+        deliver(job.of, run, trainer.engine, trainer.scores, trainer.step, job.environment)
     _record_end(job, run, status, scores=trainer.scores, micro_batch=trainer.engine.micro_batch, **facts)
-    if job.of is not None:
-        deliver(job.of, run, trainer.engine, trainer.scores, job.environment)
     report = f"; report: {run.report / 'evaluation.html'}" if run.report.is_dir() else ""
     say(job.environment, f"finished {trainer.step} steps in {seconds:.1f} s: {run.path}{report}")
     if job.environment.is_main:

@@ -61,6 +61,7 @@ class Checkpointer:
         self._keep = keep
         self._environment = environment
         self._whole: int | None = None  # the step that lies there as this process has it
+        self._saved = -1
         self._checked: Path | None = None
         self._seen_by_all = environment.world_size == 1 or not self._shared
 
@@ -72,7 +73,7 @@ class Checkpointer:
         path = step_folder(self.folder, step)
         if step == self._whole:
             return path
-        started = time.monotonic()
+        started, self._saved = time.monotonic(), step
         if self._tidies:
             (path / COMMITTED).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
@@ -125,10 +126,11 @@ class Checkpointer:
         """Load, and go on from there: later checkpoints, damaged ones among them, are dropped; collective."""
         best = self.load(path, engine).get("best")
         self._whole = int(json.loads((path / COMMITTED).read_text())["step"])
+        whole = set(_from_main([each.name for each in committed(self.folder)]))
         if self._tidies:
-            for later in committed(self.folder):
-                if later.name > path.name:
-                    self._drop(later)
+            for other in self.folder.glob("step-*"):
+                if other.name > path.name or other.name not in whole:  # torn saves among them
+                    self._drop(other)
         if best is not None:
             self.mark_best(**best)  # the run may have ended between the save and the mark
         _barrier()
@@ -143,6 +145,13 @@ class Checkpointer:
                 return path
             warn(self._environment, f"passing over {path}: {damage[0]}")
         return None
+
+    def begin_anew(self) -> None:
+        """Drop what there is, of which nothing is whole: by its later steps it would push out what is saved now."""
+        if self._tidies:
+            for path in self.folder.glob("step-*"):
+                self._drop(path)
+        _barrier()
 
     def refuse_damaged(self, path: Path) -> None:
         """Check sizes and checksums of its files, each on one rank; collective. Raises :class:`UserError`."""
@@ -168,7 +177,8 @@ class Checkpointer:
         old: list[str] = []
         if self._environment.is_main:
             best = best_checkpoint(self.folder)
-            old = [path.name for path in committed(self.folder)[: -self._keep] if path != best]
+            kept = {best, step_folder(self.folder, self._saved)}
+            old = [path.name for path in committed(self.folder)[: -self._keep] if path not in kept]
         if not self._shared:
             old = _from_main(old)
         if self._tidies:

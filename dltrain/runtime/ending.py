@@ -45,6 +45,11 @@ def ending_of(minded: Minded, status: int, words: Path, report: Path, apart: str
     """What happened, where the agent ended with ``status``; ``apart`` says which hosts should have met."""
     stop = stopped_in(words)
     failures = failures_in(words) + _silent(words, report, apart)
+    left = running_in(words)
+    if status == 0 and stop is None and not failures:
+        if not left:
+            return Ending(0)  # whatever signal came while it was ending
+        failures = [_dead(min(left), 0)]
     if stop is not None and not minded.forced and not failures:
         why = stop["reason"] or minded.signalled or "another host was asked to"
         again = "start it again with the same checkpoints to go on"

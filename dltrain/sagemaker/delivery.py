@@ -19,8 +19,10 @@ from dltrain.sagemaker.training_job import TrainingJob
 SCORES = "scores.json"
 
 
-def deliver(job: TrainingJob, run: RunFolder, engine: Engine, scores: Mapping[str, float], here: Environment) -> None:
-    """After a run has finished; collective."""
+def deliver(
+    job: TrainingJob, run: RunFolder, engine: Engine, scores: Mapping[str, float], step: int, here: Environment
+) -> None:
+    """At the end of a run, after ``step``; collective."""
     record = run.read() if here.is_main else {}
     facts = {
         "job": job.name,
@@ -28,7 +30,7 @@ def deliver(job: TrainingJob, run: RunFolder, engine: Engine, scores: Mapping[st
         "preset": record.get("preset"),
         "facts": record.get("facts"),
         "scores": scores,
-        "step": record.get("step"),
+        "step": step,
         "versions": record.get("versions"),
         "weights": "averaged" if record.get("config", {}).get("optim", {}).get("ema") else "last",
     }

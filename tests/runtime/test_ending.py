@@ -1,0 +1,39 @@
+"""What became of a host's ranks, from what they left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from dltrain.runtime.ending import Ending, ending_of
+from dltrain.runtime.minding import Minded
+
+
+def ending(words: Path, status: int, signalled: str = "", forced: bool = False) -> Ending:
+    minded = cast(Minded, SimpleNamespace(signalled=signalled, forced=forced))
+    return ending_of(minded, status, words, words / "report.json", "the hosts did not come together")
+
+
+def test_a_job_that_is_done_has_ended_well_whatever_signal_came_meanwhile(tmp_path: Path) -> None:
+    assert ending(tmp_path, 0) == ending(tmp_path, 0, "SIGTERM") == Ending(0)
+
+
+def test_a_rank_that_left_in_the_middle_has_failed_with_status_0_too(tmp_path: Path) -> None:
+    (tmp_path / "running-3").touch()
+    found = ending(tmp_path, 0)
+    assert found.status == 1
+    assert "rank 3 ended with status 0 before its work was done" in found.told
+
+
+def test_a_stop_that_was_saved_is_one(tmp_path: Path) -> None:
+    told: dict[str, Any] = {"reason": "SIGTERM", "step": 7}
+    (tmp_path / "stopped-0.json").write_text(json.dumps(told))
+    found = ending(tmp_path, 0, "SIGTERM")
+    assert (found.status, "stopped at step 7 and saved (SIGTERM)" in found.told) == (75, True)
+
+
+def test_a_signal_before_there_was_anything_to_save_is_told_so(tmp_path: Path) -> None:
+    found = ending(tmp_path, -15, "SIGTERM")
+    assert (found.status, "nothing to save yet" in found.told) == (130, True)
