@@ -24,7 +24,11 @@ WAIT = "DLTRAIN_HOSTS_TIMEOUT"
 
 def patience() -> float:
     """Seconds that hosts have to come."""
-    return float(os.environ.get(WAIT) or 600)
+    said = os.environ.get(WAIT) or "600"
+    try:
+        return float(said)
+    except ValueError:
+        raise UserError(f"{WAIT} is {said!r}; give a number of seconds") from None
 
 
 def wait_for(hosts: Sequence[str], seconds: float) -> None:

@@ -27,6 +27,9 @@ from dltrain.sagemaker.tensorboard import LOCAL_PATH
 CODE = "code"
 """Channel of the user's code."""
 
+_NOT_CODE = (".", "__pycache__", "runs", "sagemaker-local")
+"""Begins names of files and folders beside a recipe that are not uploaded: what runs leave there."""
+
 _EARLY = 0.05
 """Hours before SageMaker's limit by which the job stops by itself."""
 
@@ -130,7 +133,7 @@ def upload(recipe: str, options: JobOptions, name: str) -> Iterator[str]:
     folder = source_of(recipe, options)
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
-        if file.is_file() and not any(part.startswith((".", "__pycache__")) for part in inside.parts):
+        if file.is_file() and not any(part.startswith(_NOT_CODE) for part in inside.parts):
             target = f"{options.bucket}/{name}/{CODE}/{inside.as_posix()}"
             storage.upload(file, target)
             yield target
@@ -157,7 +160,9 @@ def _refuse_what_fails(config: Config, options: JobOptions) -> None:
             f"--isolate leaves the container no network, and {remote[0]} is read over it; bring it as a channel: "
             "--channels '{train: ...}' and no data.train"
         )
-    local = [url for url in urls if url and "://" not in url]
+    weights = getattr(config.model, "weights", "")
+    inside = tuple(f"{BASE}/input/data/{channel}" for channel in options.channels)
+    local = [url for url in (*urls, weights) if _is_here(url) and not url.startswith(inside or "\0")]
     if local:
         raise UserError(f"{local[0]} lies on this machine; upload it and give its s3:// address, or a channel of it")
     missing = not config.data.train and not config.data.sources and not set(options.channels) & set(TRAIN)
@@ -168,12 +173,16 @@ def _refuse_what_fails(config: Config, options: JobOptions) -> None:
             raise UserError(f"a channel must not be named {CODE!r}: your code comes by it")
 
 
+def _is_here(url: str) -> bool:
+    return bool(url) and ("://" not in url or url.startswith("file://"))
+
+
 def _channel(name: str, address: str) -> dict[str, Any]:
     url, mode = address, FILE
     for known in (FILE, FAST_FILE, PIPE):
         if address.endswith(f":{known}"):
             url, mode = address.removesuffix(f":{known}"), known
-    if not url.startswith("s3://"):
+    if not url.startswith("s3://") or ":" in url.removeprefix("s3://"):
         raise UserError(f"channel {name!r} is {address!r}; give s3://bucket/prefix, with :FastFile or :Pipe behind it")
     source = {"S3DataType": "S3Prefix", "S3Uri": url, "S3DataDistributionType": "FullyReplicated"}
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "InputMode": mode}

@@ -68,6 +68,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"dltrain: error: {error}", file=sys.stderr, flush=True)
         write_reason(folders, str(error))
         return EXIT_USER_ERROR
+    except Exception as error:
+        write_reason(folders, f"before any rank was started: {type(error).__name__}: {error}; the log has it whole")
+        raise
 
 
 class _Interrupted(Exception):

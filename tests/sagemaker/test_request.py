@@ -127,6 +127,7 @@ MANY = {f"model.a{number}": 1 for number in range(100)}
         ({"channels": {f"c{n}": "s3://b/c" for n in range(21)}}, "InputDataConfig has 21 entries, and 20"),
         ({"channels": {"a b": "s3://b/c"}}, "ChannelName is 'a b', which does not fit"),
         ({"channels": {"train": "/data"}}, "give s3://bucket/prefix"),
+        ({"channels": {"train": "s3://b/x:Fast"}}, "give s3://bucket/prefix"),
         ({"channels": {"code": "s3://b/c"}}, "must not be named 'code'"),
         ({"bucket": ""}, "--bucket is missing"),
         ({"instance_type": "ml.trn1.32xlarge"}, "has no GPU"),
@@ -143,6 +144,8 @@ def test_each_limit_is_a_sentence(options: dict[str, Any], words: str) -> None:
     [
         ({"run.name": "x" * 2499}, "HyperParameters.run__name has 2,501 characters, and 2,500"),
         ({"data.train": "/here"}, "/here lies on this machine"),
+        ({"data.train": "file:///here"}, "file:///here lies on this machine"),
+        ({"model.weights": "/here.safetensors"}, "/here.safetensors lies on this machine"),
         ({"data.train": ""}, "there are no training data"),
     ],
 )
