@@ -299,7 +299,10 @@ def _resume(job: Job, run: RunFolder, trainer: Trainer, checkpointer: Checkpoint
             raise UserError(f"no checkpoint of {run.path} is whole; start a new run from model.weights")
         if damaged:
             checkpointer.begin_anew()
-            warn(job.environment, f"no checkpoint of {run.path} is whole: it begins anew, at step 0")
+            warn(
+                job.environment,
+                f"no checkpoint of {run.path} is whole: it begins anew, at step 0; they are kept as damaged-...",
+            )
         return
     refuse_resume(job.config, read_channels(), job.environment.nodes)
     state = read_state(path)

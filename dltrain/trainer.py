@@ -38,6 +38,10 @@ LAG = 2
 """Steps between a value's making and its reading, the same on every rank."""
 
 
+STEPS_TO_STOP = LAG + 2
+"""From a rank's wish to stop to the save: the step at work, the one whose reduction brings it to all, and the lag."""
+
+
 class Trainer:
     """Trains ``task`` by ``engine`` on the batches of ``loader``.
 
@@ -66,7 +70,7 @@ class Trainer:
         self.step, self.scores, self.status = 0, {}, "new"
         self.best: dict[str, Any] | None = None
         self.last_metric: Metric | None = None
-        self._evaluation_left, self._at = False, 0
+        self._evaluation_left, self._at, self._pace = False, 0, 0.0
         self._timed = _timed_requests(config)
         self._passed: dict[Request, int] = {}
         self._elapsed, self._since = 0.0, time.monotonic()
@@ -113,7 +117,8 @@ class Trainer:
                 CLOCK.mark("data_wait")
                 self._meter.add(time.perf_counter() - started, self.position - before[1])
                 self.train_step(batch)
-                self.trained_seconds += time.perf_counter() - started
+                self._pace = time.perf_counter() - started
+                self.trained_seconds += self._pace
                 self.trained_samples += self.position - before[1]
                 CLOCK.mark("hooks")
                 asked = self._read(self.step - LAG) | self._due(before)
@@ -252,7 +257,8 @@ class Trainer:
                 self._requests |= request
 
     def _stops(self) -> bool:
-        return self._stop.look(0.0 if self.checkpointer is None else self.checkpointer.longest)
+        saving = 0.0 if self.checkpointer is None else self.checkpointer.longest
+        return self._stop.look(saving + STEPS_TO_STOP * self._pace)
 
     def _read(self, up_to: int) -> Request:
         """Read the values of steps up to ``up_to``, log what is due, and return what the ranks have asked for."""

@@ -147,10 +147,12 @@ class Checkpointer:
         return None
 
     def begin_anew(self) -> None:
-        """Drop what there is, of which nothing is whole: by its later steps it would push out what is saved now."""
+        """Set aside what there is, of which nothing is whole: by its later steps it would push out what is saved now.
+        It stays as ``damaged-<time>-step-...``, for it may be mended, or a disk may only have been slow."""
         if self._tidies:
+            now = time.strftime("%Y%m%d-%H%M%S")
             for path in self.folder.glob("step-*"):
-                self._drop(path)
+                path.rename(self.folder / f"damaged-{now}-{path.name}")
         _barrier()
 
     def refuse_damaged(self, path: Path) -> None:

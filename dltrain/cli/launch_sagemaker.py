@@ -20,7 +20,7 @@ from dltrain.recipes import declarations
 from dltrain.runtime.environment import Environment
 from dltrain.sagemaker.following import Followed
 from dltrain.sagemaker.options import JobOptions, read_options
-from dltrain.sagemaker.prices import bill_of, read_prices
+from dltrain.sagemaker.prices import Bill, read_prices
 from dltrain.sagemaker.request import build, is_users, source_of, upload
 
 FLAGS = ("spot", "isolate", "encrypt")
@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     request = build(known.recipe, known.preset, overrides, config, options)
     if is_users(known.recipe):
         source_of(known.recipe, options)
-    for line in bill_of(options, read_prices(known.prices, options.instance_type, options.region)).lines():
+    for line in Bill(options, read_prices(known.prices, options.instance_type, options.region)).lines():
         print(line, file=sys.stderr)
     if known.dry_run:
         print(json.dumps(request, indent=1))

@@ -8,13 +8,12 @@ The host whose address is the head's listens for the others.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -23,13 +22,9 @@ from dltrain.config import Config, split_arguments
 from dltrain.errors import EXIT_INTERRUPTED, UserError
 from dltrain.parallel.checks import check_layout
 from dltrain.recipes import declarations, find, recipe_name
-from dltrain.runtime.ending import ending_of
 from dltrain.runtime.environment import Environment, cores
-from dltrain.runtime.launch import RECIPE
+from dltrain.runtime.host import run_host
 from dltrain.runtime.meeting import PORT, agent, patience, wait_for
-from dltrain.runtime.minding import Minded
-from dltrain.runtime.stop import STARTED
-from dltrain.runtime.word import FAILURES
 
 RESERVE = 10.0
 """Seconds of ``run.grace`` that are left for ending what has not ended by itself, at most half of it."""
@@ -73,20 +68,19 @@ def _check(known: Namespace) -> None:
 
 
 def _run(known: Namespace, config: Config, overrides: Mapping[str, str]) -> int:
-    with tempfile.TemporaryDirectory(prefix="dltrain-") as folder:
-        words, report = Path(folder) / "words", Path(folder) / "report.json"
-        words.mkdir()
-        own = {FAILURES: str(words), RECIPE: recipe_name(known.recipe), STARTED: str(time.time())}
-        threads = config.run.threads or max(1, cores() // known.nproc)
-        variables = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **own}
-        command = agent(report, known.nproc, known.hosts, known.head, known.address, known.job)
-        command += [str(find(known.recipe)), "train", *([f"--preset={known.preset}"] * bool(known.preset))]
-        command += [f"--{name}={value}" for name, value in overrides.items()]
-        minded = Minded(command, variables, words, max(config.run.grace - RESERVE, config.run.grace / 2))
-        status = minded.run()
-        ending = ending_of(minded, status, words, report, f"{known.hosts} hosts did not come together at {known.head}")
+    threads, grace = config.run.threads or max(1, cores() // known.nproc), config.run.grace
+    apart = f"{known.hosts} hosts did not come together at {known.head}"
+    grace = max(grace - RESERVE, grace / 2)
+    command = partial(_command, known, overrides)
+    ending = run_host(command, recipe_name(known.recipe), threads, time.time(), grace, apart)
     if ending.told:
         print(ending.told if ending.failure else f"dltrain: {ending.told}", file=sys.stderr, flush=True)
     elif ending.status:
-        print(f"dltrain: the ranks could not be started (status {status})", file=sys.stderr, flush=True)
+        print(f"dltrain: the ranks could not be started (status {ending.status})", file=sys.stderr, flush=True)
     return ending.status
+
+
+def _command(known: Namespace, overrides: Mapping[str, str], report: Path) -> list[str]:
+    command = agent(report, known.nproc, known.hosts, known.head, known.address, known.job)
+    command += [str(find(known.recipe)), "train", *([f"--preset={known.preset}"] * bool(known.preset))]
+    return [*command, *(f"--{name}={value}" for name, value in overrides.items())]

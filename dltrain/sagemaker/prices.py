@@ -1,7 +1,7 @@
 """What a job costs, by a price list with its source and date: AWS's own, or a table of the user's. None is shipped, for
 one that is old is worse than none.
 
-    bill_of(options, read_prices("aws", region)).lines()
+    Bill(options, read_prices("aws", "ml.p5.48xlarge", "eu-west-1")).lines()
 """
 
 from __future__ import annotations
@@ -100,8 +100,3 @@ def _hourly(product: Mapping[str, Any]) -> Iterator[float]:
         for dimension in term["priceDimensions"].values():
             if dimension["unit"].lower().startswith("h"):
                 yield float(dimension["pricePerUnit"]["USD"])
-
-
-def bill_of(options: JobOptions, prices: Prices | None) -> Bill:
-    """What it costs if it runs as long as it may."""
-    return Bill(options, prices)

@@ -38,6 +38,8 @@ def build(recipe: str, preset: str, settings: Mapping[str, Any], config: Config,
     """The whole request. ``recipe`` is a shipped one's name or the user's file, ``settings`` are dotted names and
     values, ``config`` what they make. Raises :class:`UserError` for what SageMaker would refuse, and for what would
     fail there."""
+    from dltrain.metrics.known import scores  # which imports torch
+
     _refuse_missing(options)
     _refuse_what_fails(config, options)
     name = options.name or job_name(recipe, preset)
@@ -97,16 +99,6 @@ def hyperparameters(recipe: str, preset: str, settings: Mapping[str, Any], optio
     given |= {name.replace(".", "__"): value for name, value in settings.items()}
     given.setdefault("run__deadline", f"{max(options.max_hours - _EARLY, options.max_hours / 2):g}h")
     return {name: json.dumps(value) for name, value in given.items()}
-
-
-def scores() -> list[str]:
-    """Names of the scores of the metrics that come with dltrain; of a recipe's own, its ``evaluation.metric`` is
-    known."""
-    from dltrain.metrics.classification import Classification  # which import torch
-    from dltrain.metrics.forecasting import Forecasting
-
-    found = [*Classification([""] * 6).compute(), *Forecasting(1, 1, 1).compute()]
-    return [name for name in dict.fromkeys(found) if name != "samples"]
 
 
 def is_users(recipe: str) -> bool:

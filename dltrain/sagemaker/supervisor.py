@@ -10,22 +10,18 @@ words of the command.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from dltrain.runtime.environment import cores
-from dltrain.runtime.launch import RECIPE
+from dltrain.runtime.host import run_host
 from dltrain.runtime.meeting import PORT, agent, patience, wait_for
-from dltrain.runtime.minding import Minded
-from dltrain.runtime.stop import STARTED
-from dltrain.runtime.word import FAILURES
 from dltrain.sagemaker.failure import write_reason
 from dltrain.sagemaker.folders import Folders
 from dltrain.sagemaker.network import variables_for
@@ -59,7 +55,10 @@ def main(arguments: Sequence[str]) -> int:
         start = read_start(job, job.hyperparameters.arguments(words))
         network = variables_for(job.instance_type, job.interface, len(job.hosts))
         wait_for(job.hosts, patience())
-        return _run(job, start, network, began)
+        threads = start.config.run.threads or max(1, cores() // start.nproc)
+        apart = f"the {len(job.hosts)} hosts did not come together at {job.hosts[0]}"
+        ending = run_host(partial(command_of, job, start), start.name, threads, began, GRACE, apart, network)
+        return verdict(job, ending)
     except _Interrupted as signalled:
         print(f"dltrain: {signalled} came before any rank was started", file=sys.stderr, flush=True)
         write_reason(folders, f"{signalled} came before any rank was started")
@@ -79,21 +78,6 @@ class _Interrupted(Exception):
 
 def _leave(number: int, frame: FrameType | None) -> None:
     raise _Interrupted(signal.Signals(number).name)
-
-
-def _run(job: TrainingJob, start: Start, network: Mapping[str, str], began: float) -> int:
-    with tempfile.TemporaryDirectory(prefix="dltrain-") as folder:
-        words, report = Path(folder) / "words", Path(folder) / "report.json"
-        words.mkdir()
-        usual = {
-            **network,
-            "OMP_NUM_THREADS": str(start.config.run.threads or max(1, cores() // start.nproc)),
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-        }
-        own = {FAILURES: str(words), RECIPE: start.name, STARTED: str(began)}
-        minded = Minded(command_of(job, start, report), {**usual, **os.environ, **own}, words, GRACE)
-        status = minded.run()
-        return verdict(job, minded, status, words, report)
 
 
 def command_of(job: TrainingJob, start: Start, report: Path) -> list[str]:

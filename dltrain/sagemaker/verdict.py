@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from dltrain.runtime.ending import ending_of
-from dltrain.runtime.minding import Minded
+from dltrain.runtime.ending import Ending
 from dltrain.sagemaker.failure import write_failure, write_reason
 from dltrain.sagemaker.training_job import TrainingJob
 
 
-def verdict(job: TrainingJob, minded: Minded, status: int, words: Path, report: Path) -> int:
+def verdict(job: TrainingJob, ending: Ending) -> int:
     """Say what happened, in the log and in the failure file; returns the exit status."""
-    apart = f"the {len(job.hosts)} hosts did not come together at {job.hosts[0]}"
-    ending = ending_of(minded, status, words, report, apart)
     if ending.failure is not None:
         print(ending.told, file=sys.stderr, flush=True)
         write_failure(job.folders, ending.failure, job.host)
@@ -22,6 +18,6 @@ def verdict(job: TrainingJob, minded: Minded, status: int, words: Path, report: 
         print(f"dltrain: {ending.told}", file=sys.stderr, flush=True)
         write_reason(job.folders, ending.told)
     elif ending.status:
-        why = f"the ranks of {job.host} could not be started (status {status}); the log says why"
+        why = f"the ranks of {job.host} could not be started (status {ending.status}); the log says why"
         write_reason(job.folders, why)
     return ending.status

@@ -14,8 +14,7 @@ from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 from dltrain.config import Config, flattened
-from dltrain.metrics.classification import Classification
-from dltrain.metrics.forecasting import Forecasting
+from dltrain.metrics.known import scores
 from dltrain.tensorboard.layout import tag_of
 
 _SECTIONS = ("model", "optim", "schedule", "precision")
@@ -23,8 +22,7 @@ _LAYOUT = ("engine", "dp_replicate", "dp_shard", "tp", "cp", "pp", "micro_batch"
 _OTHERS = ("run.length", "run.seed", "data.global_batch_size", "data.tail", *(f"parallel.{name}" for name in _LAYOUT))
 """What changes what is learnt, or how fast; of the rest one does not compare runs by."""
 
-_SCORES = (*Classification([""] * 6).compute(), *Forecasting(1, 1, 1).compute())
-_KNOWN = ("loss", *(f"evaluation/{name}" for name in _SCORES if name != "samples" and not name.startswith("naive_")))
+_KNOWN = ("loss", *(f"evaluation/{name}" for name in scores() if not name.startswith("naive_")))
 
 _FIRST = ("optim.learning_rate", "optim.weight_decay", "data.global_batch_size", "model.name", "run.length")
 """Columns that are seen before one asks for others."""

@@ -20,6 +20,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_and_keeps_its_new_o
     done = cli(*WORDS, "--run.length", "8st")
     assert done.status == 0, done.err
     assert "no checkpoint of runs/x is whole: it begins anew, at step 0" in done.err
+    assert len(list(folder.glob("damaged-*-step-*/COMMITTED"))) == 2
     assert [path.name for path in committed(folder)] == ["step-00000004", "step-00000008"]
 
 

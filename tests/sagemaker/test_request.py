@@ -18,7 +18,7 @@ from dltrain.errors import UserError
 from dltrain.sagemaker.following import LOGS, Followed
 from dltrain.sagemaker.hyperparameters import read_hyperparameters
 from dltrain.sagemaker.options import JobOptions, read_options
-from dltrain.sagemaker.prices import Prices, bill_of, read_prices
+from dltrain.sagemaker.prices import Bill, Prices, read_prices
 from dltrain.sagemaker.request import build
 from dltrain.testing.s3 import S3Server
 from tests.conftest import TINY, Cli
@@ -181,12 +181,12 @@ def test_a_price_has_its_source_and_date(tmp_path: Path) -> None:
     table = tmp_path / "prices.yaml"
     table.write_text("source: our contract\ndate: 2026-11-01\nusd_per_hour: {ml.p5.48xlarge: 50}\n")
     prices = read_prices(str(table), "ml.p5.48xlarge", "eu-west-1")
-    lines = list(bill_of(JobOptions(**OPTIONS, count=2, max_hours=3), prices).lines())
+    lines = list(Bill(JobOptions(**OPTIONS, count=2, max_hours=3), prices).lines())
     assert lines[0].startswith("at most 6 instance-hours: 2 x ml.p5.48xlarge for 3 h")
     assert lines[1] == "$100.00 per hour, at most $300.00 by our contract, 2026-11-01"
-    assert "no prices" in list(bill_of(JobOptions(**OPTIONS), None).lines())[1]
+    assert "no prices" in list(Bill(JobOptions(**OPTIONS), None).lines())[1]
     with pytest.raises(UserError, match=r"have no ml\.p5\.48xlarge"):
-        list(bill_of(JobOptions(**OPTIONS), Prices("x", "y", {})).lines())
+        list(Bill(JobOptions(**OPTIONS), Prices("x", "y", {})).lines())
     table.write_text("usd_per_hour: 3")
     with pytest.raises(UserError, match="it is a table with source, date and usd_per_hour"):
         read_prices(str(table), "ml.p5.48xlarge", "eu-west-1")
