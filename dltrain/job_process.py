@@ -73,4 +73,4 @@ def _leave_word(failure: Failure) -> None:
         return  # a job that is described so badly has no folder for it
     if job is not None:
         time.sleep(PEERS_SPEAK if is_of_peers(failure) else 0)
-        write_failure(job.folders, failure, job.host)
+        write_failure(job.folders, failure, job.host, job.hosts)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from dltrain.errors import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+HOSTS = "GROUP_WORLD_SIZE"
+"""torchrun's variable of the number of hosts."""
 _OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 """Of MPICH, Intel MPI and their like."""
@@ -73,6 +75,12 @@ def _numbered(variables: Mapping[str, str], names: tuple[str, ...], launcher: st
         raise UserError(
             f"{names[0]} is {rank}, {names[1]} {world}, {names[3]} {local_world}: ranks must lie in the world and "
             "every host must run the same number of ranks"
+        )
+    hosts = int(variables.get(HOSTS) or 0) if launcher == "torchrun" else 0
+    if hosts and hosts * local_world != world:
+        raise UserError(
+            f"this host runs {local_world} rank(s) of {world}, and there are {hosts} hosts: every host must run the "
+            "same number; take hosts of one kind, or give the same --nproc (--nproc-per-node of torchrun) on each"
         )
     alone = world == 1 and launcher != "torchrun"
     return Environment(rank, world, local, local_world, "" if alone else launcher, head)

@@ -18,6 +18,9 @@ from dltrain.errors import UserError
 PORT = 7777
 """Where the first host listens for the others, as in SageMaker's own containers."""
 
+RANK = ("-m", "dltrain.runtime.rank")
+"""What a rank is for torchrun: the module that runs the recipe."""
+
 WAIT = "DLTRAIN_HOSTS_TIMEOUT"
 """Variable: seconds that hosts have to come, 600 if it is not set."""
 
@@ -47,18 +50,23 @@ def wait_for(hosts: Sequence[str], seconds: float) -> None:
 
 
 def _is_known(host: str) -> bool:
+    return bool(addresses(host))
+
+
+def addresses(host: str) -> set[str]:
+    """Of a host by name; none where the name is not known."""
     try:
-        socket.getaddrinfo(host, None)
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
     except OSError:
-        return False
-    return True
+        return set()
 
 
 def agent(report: Path, nproc: int, hosts: int, head: str, address: str, job: str) -> list[str]:
-    """torchrun's own words: all hosts meet at ``head`` (host:port), which is the one of that ``address``."""
+    """torchrun's own words, to which a recipe and its words are added: all hosts meet at ``head`` (host:port), which is
+    the one of that ``address``."""
     words = [sys.executable, "-m", "dltrain.runtime.elastic", str(report), f"--nproc-per-node={nproc}"]
     if hosts == 1:
-        return [*words, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # a free port
+        return [*words, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *RANK]  # a free port
     is_head, wait = int(head.rpartition(":")[0] == address), int(patience())
     return [
         *words,
@@ -68,4 +76,5 @@ def agent(report: Path, nproc: int, hosts: int, head: str, address: str, job: st
         f"--rdzv-id={job}",
         f"--rdzv-conf=is_host={is_head},join_timeout={wait},read_timeout={wait}",
         f"--local-addr={address}",
+        *RANK,
     ]

@@ -35,7 +35,8 @@ PAUSE = 0.05
 class Minded:
     """A command whose ranks leave word in ``folder`` (:mod:`dltrain.runtime.word`).
 
-    The process is given up to it: whatever children it has are reaped, and ended at the end.
+    The process is given up to it: whatever children it has are reaped, and ended at the end; signals to stop are noted
+    from then on and do nothing else.
     """
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str], folder: Path, grace: float) -> None:
@@ -51,20 +52,17 @@ class Minded:
         """The command's exit status, negative after a signal; until then signals are handed on."""
         if sys.platform == "linux":  # not process 1, it gets the orphans of its own tree all the same
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in (signal.SIGTERM, signal.SIGINT):  # for good: one that comes at the end must not cut it short
+            signal.signal(number, self._note)
         # a group of its own: a terminal's Ctrl-C reaches this process alone, which hands it on
         process = subprocess.Popen(self._command, env=dict(self._variables), process_group=0)
-        try:
-            while (status := self._reaped(process.pid)) is None:
-                if self.signalled:
-                    self._hand_on(process.pid)
-                time.sleep(PAUSE)
-            process.returncode = status
-            self._end_the_rest()
-            return status
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        while (status := self._reaped(process.pid)) is None:
+            if self.signalled:
+                self._hand_on(process.pid)
+            time.sleep(PAUSE)
+        process.returncode = status
+        self._end_the_rest()
+        return status
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.signalled:

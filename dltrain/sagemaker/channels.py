@@ -33,6 +33,11 @@ TRAIN = ("train", "training")
 EVALUATION = ("validation", "test", "evaluation")
 """Names of channels taken for ``data.train`` and ``data.evaluation``, the first that is there."""
 
+CODE = "code"
+"""Name of the channel of the user's code."""
+NOT_DATA = (CODE, "sm_drivers", "recipe", "model")
+"""Names of channels that SDKs bring code by."""
+
 FILE, FAST_FILE, PIPE = "File", "FastFile", "Pipe"
 REPLICATED, SHARDED = "FullyReplicated", "ShardedByS3Key"
 
@@ -116,14 +121,27 @@ def _channel(name: str, folder: Path, said: Any) -> Channel:
 
 
 def apply_channels(config: Config, channels: Channels) -> Config:
-    """The config with ``data.train`` and ``data.evaluation``, where they are empty, set to the channels' folders."""
+    """The config with ``data.train`` and ``data.evaluation``, where they are empty, set to the channels' folders.
+
+    Raises :class:`UserError` where there are channels and none is for training.
+    """
     found = {}
     if not config.data.train and not config.data.sources:
         found["train"] = _first(TRAIN, channels)
+        _refuse_unnamed(found["train"], channels)
     if not config.data.evaluation:
         found["evaluation"] = _first(EVALUATION, channels)
     changes = {name: str(channel.folder) for name, channel in found.items() if channel is not None}
     return config.replace(data=config.data.replace(**changes)) if changes else config
+
+
+def _refuse_unnamed(train: Channel | None, channels: Channels) -> None:
+    others = [name for name in channels if name not in (*EVALUATION, *NOT_DATA)]
+    if train is None and others:
+        raise UserError(
+            f"there are no training data: no channel is named {' or '.join(TRAIN)}, and there are "
+            f"{', '.join(sorted(channels))}; rename one, or give data.train {channels[others[0]].folder}"
+        )
 
 
 def _first(names: tuple[str, ...], channels: Channels) -> Channel | None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 
 from dltrain.errors import EXIT_USER_ERROR
-from dltrain.runtime.ending import PEERS
+from dltrain.runtime.ending import PEERS, is_of_peers
+from dltrain.runtime.meeting import addresses
 from dltrain.runtime.word import Failure
 from dltrain.sagemaker.folders import Folders
 
@@ -49,21 +51,25 @@ HINTS: tuple[tuple[str, str], ...] = (
 """What to do about an error that an expression is found in, the first one that fits."""
 
 
-def reason(failure: Failure, host: str) -> str:
-    """At most :data:`MOST` characters for somebody who sees nothing else."""
+_ADDRESS = re.compile(r"[0-9A-Fa-f.:]*[0-9A-Fa-f](?=[\]<])")
+"""Of a peer: gloo writes ``[10.0.0.2]:4711``, NCCL ``10.0.0.2<4711>``."""
+
+
+def reason(failure: Failure, host: str, hosts: Sequence[str] = ()) -> str:
+    """At most :data:`MOST` characters for somebody who sees nothing else; ``hosts`` are those of the job."""
+    hint = _hint(failure)
     if failure.status == EXIT_USER_ERROR:
-        hint = _hint(failure)
         said = failure.message.removeprefix("dltrain: error: ")
         return _cut(said, MOST - len(hint) - 2) + (f". {hint}" if hint else "")
     step = f", step {failure.step}" if failure.step else ""
     where = f"rank {failure.rank} on {host}{step}: "
-    rest = " ".join(filter(None, (_hint(failure), _code(failure))))
+    rest = " ".join(filter(None, (_of_peer(failure, host, hosts), hint, _code(failure))))
     return where + _cut(failure.error or failure.message, MOST - len(where) - len(rest) - 1) + (f" {rest}" * bool(rest))
 
 
-def write_failure(folders: Folders, failure: Failure, host: str) -> bool:
+def write_failure(folders: Folders, failure: Failure, host: str, hosts: Sequence[str] = ()) -> bool:
     """Write both files, as far as the disk takes them; returns whether this was the first to fail."""
-    first = write_reason(folders, reason(failure, host))  # which is more, where the disk is full
+    first = write_reason(folders, reason(failure, host, hosts))  # which is more, where the disk is full
     log = folders.output_data / f"failure-{host}-rank-{failure.rank}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +98,15 @@ def _hint(failure: Failure) -> str:
             if re.search(expression, text, re.IGNORECASE):
                 return hint
     return ""
+
+
+def _of_peer(failure: Failure, host: str, hosts: Sequence[str]) -> str:
+    """Which other host is gone, where the error has its address."""
+    if not is_of_peers(failure):
+        return ""
+    said = {each.removeprefix("::ffff:") for each in _ADDRESS.findall(failure.error + failure.message)}
+    gone = [each for each in hosts if each != host and said & {each, *addresses(each)}]
+    return f"It was connected to {', '.join(gone)}." if gone else ""
 
 
 def _code(failure: Failure) -> str:

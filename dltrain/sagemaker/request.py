@@ -17,15 +17,12 @@ from dltrain import storage
 from dltrain.config import Config
 from dltrain.errors import UserError
 from dltrain.hooks.printed import definitions
-from dltrain.sagemaker.channels import FAST_FILE, FILE, PIPE, TRAIN
+from dltrain.sagemaker.channels import CODE, FAST_FILE, FILE, PIPE, TRAIN
 from dltrain.sagemaker.folders import BASE
 from dltrain.sagemaker.limits import check
 from dltrain.sagemaker.network import variables_for
 from dltrain.sagemaker.options import JobOptions
 from dltrain.sagemaker.tensorboard import LOCAL_PATH
-
-CODE = "code"
-"""Channel of the user's code."""
 
 _NOT_CODE = (".", "__pycache__", "runs", "sagemaker-local")
 """Begins names of files and folders beside a recipe that are not uploaded: what runs leave there."""

@@ -18,8 +18,9 @@ from dltrain.degrees import degrees_of
 from dltrain.errors import UserError, nearest
 from dltrain.recipes import declarations, find
 from dltrain.runtime.environment import Environment
+from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.options import JobOptions
-from dltrain.sagemaker.request import CODE, build, is_users, source_of
+from dltrain.sagemaker.request import build, is_users, source_of
 
 CONTAINER, SCRIPT = "container", "script"
 """What is started: our own entry point, or the recipe's file by what the SDK brings."""

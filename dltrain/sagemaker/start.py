@@ -15,6 +15,7 @@ from dltrain.errors import UserError
 from dltrain.parallel.checks import check_layout
 from dltrain.recipes import declarations, find, recipe_name
 from dltrain.runtime.environment import Environment
+from dltrain.sagemaker.channels import CODE, apply_channels
 from dltrain.sagemaker.folders import Folders
 from dltrain.sagemaker.training_job import TrainingJob
 
@@ -48,7 +49,7 @@ def install_requirements(job: TrainingJob) -> None:
 def code_folders(folders: Folders) -> list[Path]:
     """Where the user's code may lie: as the toolkit says, as SDK v3's drivers do, or as our own request brings it."""
     said = [Path(os.environ[name]) for name in ("SM_MODULE_DIR", "SM_SOURCE_DIR") if os.environ.get(name)]
-    return [*said, folders.base / "code", folders.data / "code"]
+    return [*said, folders.base / "code", folders.data / CODE]
 
 
 def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
@@ -66,10 +67,16 @@ def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
         )
     if known.nproc and not (known.nproc.isdecimal() and int(known.nproc)):
         raise UserError(f"nproc is {known.nproc!r}; give the number of ranks of a host, 1 or more")
+    if not known.nproc and len(kinds := {group.instance_type for group in job.groups}) > 1:
+        raise UserError(
+            f"the job's groups are of {' and '.join(sorted(kinds))}, and every host must run the same number of ranks: "
+            "give nproc, or take instances of one type"
+        )
     nproc = int(known.nproc) if known.nproc else gpus() or 1
     name = _in_the_code(known.recipe)
     file = Path(known.config) if known.config else None
     config = declarations(name).configure(known.preset, {**job.hyperparameters.settings, **overrides}, file)
+    config = apply_channels(config, job.channels)
     check_layout(config, Environment(0, nproc * len(job.hosts), 0, nproc))
     options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--config={file}"] * bool(file)
     options += [f"--{key}={value}" for key, value in overrides.items()]

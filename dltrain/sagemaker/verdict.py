@@ -13,7 +13,7 @@ def verdict(job: TrainingJob, ending: Ending) -> int:
     """Say what happened, in the log and in the failure file; returns the exit status."""
     if ending.failure is not None:
         print(ending.told, file=sys.stderr, flush=True)
-        write_failure(job.folders, ending.failure, job.host)
+        write_failure(job.folders, ending.failure, job.host, job.hosts)
     elif ending.told:
         print(f"dltrain: {ending.told}", file=sys.stderr, flush=True)
         write_reason(job.folders, ending.told)

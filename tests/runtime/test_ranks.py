@@ -103,3 +103,7 @@ def test_the_environment_is_read_and_checked() -> None:
     for bad, message in (({"RANK": "x"}, "whole numbers"), ({"RANK": "2", "WORLD_SIZE": "2"}, "must lie in the world")):
         with pytest.raises(UserError, match=message):
             Environment.read(bad)
+    for local in ("1", "3"):  # hosts of 1 rank and of 3: each of them refuses
+        with pytest.raises(UserError, match="every host must run the same number"):
+            Environment.read({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": local, "GROUP_WORLD_SIZE": "2"})
+    assert Environment.read({**two_nodes, "GROUP_WORLD_SIZE": "2"}) == here

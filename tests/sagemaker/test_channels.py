@@ -120,6 +120,14 @@ def test_data_left_empty_are_taken_from_the_channels() -> None:
     assert apply_channels(mixture, channels(train="File")).data.train == ""
 
 
+def test_a_channel_whose_name_says_nothing_is_told() -> None:
+    with pytest.raises(UserError, match=r"named train or training, and there are code, trian; .* data.train /ml/trian"):
+        apply_channels(Config(), channels(trian="File", code="File"))
+    assert apply_channels(Config(), channels(code="File", test="File")).data.train == ""  # refused later
+    given = Config(data=Data(train="s3://a/b"))
+    assert apply_channels(given, channels(weights="File")) == given
+
+
 def test_a_url_belongs_to_the_channel_it_lies_in() -> None:
     known = channels(train="File", **{"train-index": "File"})
     for url in ("/ml/train", "/ml/train/digits", "file:///ml/train"):

@@ -46,6 +46,14 @@ def test_a_mistake_of_the_users_is_its_sentence_alone() -> None:
     assert reason(mistake, "algo-1") == "there is no setting 'a.b'; did you mean 'a.c'?"
 
 
+@pytest.mark.parametrize("address", ["[127.0.0.1]:4711", "127.0.0.1<4711>", "::ffff:127.0.0.1<4711>"])
+def test_a_rank_whose_peers_are_gone_names_the_host_of_theirs(address: str) -> None:
+    lost = failed(f"RuntimeError: Connection closed by peer {address}")
+    assert "It was connected to localhost. Another rank or host ended first" in reason(lost, "a", ("a", "localhost"))
+    assert "connected to" not in reason(lost, "localhost", ("a", "localhost"))  # which is itself
+    assert "connected to" not in reason(lost, "a", ("a", "b.invalid"))
+
+
 def test_what_is_long_is_cut_and_keeps_advice_and_code() -> None:
     told = reason(failed("CUDA out of memory " + "x" * 5000), "algo-1")
     assert len(told) == MOST

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -144,6 +145,20 @@ def test_the_first_rank_that_fails_is_in_the_failure_file_and_not_those_that_mis
     assert "Another rank or host ended first" in made.failure(other)
 
 
+def test_a_package_that_a_recipe_lacks_is_the_reason(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("import no_such_package\n" + Path(TINY).read_text())
+    made = Fabricated(tmp_path / "made", 1, {**SETTINGS, "recipe": str(recipe), "nproc": 2})
+    made.lay_down()
+    with started(made) as hosts:
+        ((status, printed),) = ended(hosts).values()
+    assert status == 1, printed
+    told = made.failure(made.names[0])
+    assert re.match(rf"rank [01] on {made.names[0]}: ModuleNotFoundError: No module named 'no_such_package'", told)
+    assert "requirements.txt beside the recipe" in told
+    assert "mine.py:1 in <module>" in told
+
+
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_told_with_what_it_mostly_means(tmp_path: Path) -> None:
     made = Fabricated(tmp_path, 1, {**LONG, "nproc": 2})
@@ -269,6 +284,18 @@ def test_accelerators_that_torch_does_not_know_are_refused(tmp_path: Path) -> No
     with started(made) as hosts:
         assert [status for status, _ in ended(hosts).values()] == [2]
     assert "ml.trn1.32xlarge has no GPU" in made.failure(made.names[0])
+
+
+def test_groups_of_different_instances_are_refused(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path, 1, {"recipe": TINY, "preset": "small"})
+    made.lay_down()
+    file = made.base(made.names[0]) / "input" / "config" / "resourceconfig.json"
+    kinds = ("ml.p5.48xlarge", "ml.c5.xlarge")
+    groups = [{"instance_group_name": kind, "instance_type": kind, "hosts": made.names} for kind in kinds]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "instance_groups": groups}))
+    with started(made) as hosts:
+        assert [status for status, _ in ended(hosts).values()] == [2]
+    assert "groups are of ml.c5.xlarge and ml.p5.48xlarge" in made.failure(made.names[0])
 
 
 def test_a_host_that_never_comes_is_named(tmp_path: Path) -> None:

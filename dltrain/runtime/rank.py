@@ -1,0 +1,35 @@
+"""One rank as torchrun's agent starts it: a recipe as a program, which leaves word where it fails before its own main.
+
+    python -m dltrain.runtime.rank recipe.py train ...
+
+``main(task)`` tells of every failure from then on; one while the file is read (a package that is missing, a fault in
+its first lines) would leave a status alone. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+from dltrain.runtime.word import Failure, report_failure
+
+
+def main() -> None:
+    """Run the recipe as ``python recipe.py ...`` does: ``__main__``, its folder first on the path, the same words."""
+    recipe = sys.argv[1]
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(recipe).resolve().parent)  # which was the working folder, for ``-m``
+    try:
+        runpy.run_path(recipe, run_name="__main__")
+    except Exception as error:
+        rank = int(os.environ.get("RANK", "0"))
+        message = f"dltrain: rank {rank} failed as {Path(recipe).name} was read:\n{traceback.format_exc()}"
+        report_failure(Failure.of(error, rank, message, 1))
+        raise
+
+
+if __name__ == "__main__":
+    main()
