@@ -14,35 +14,32 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer, committed, read_state, step_folder
 from dltrain.checkpoint.weights import starting_weights, wants_weights
-from dltrain.config import Config, from_tree, load_overrides, split_arguments, to_yaml
+from dltrain.config import Config, from_tree, load_overrides, split_arguments
 from dltrain.config.tree import AUTO
-from dltrain.data.reader import Dataset
 from dltrain.errors import EXIT_STOPPED, UserError
 from dltrain.evaluation import evaluate, write_report
 from dltrain.hooks.base import Hook
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
 from dltrain.job_hooks import hooks_of
 from dltrain.job_process import environment_of_process, guarded, leave
+from dltrain.job_run import Job, agreed, checkpointer_of, chosen, held, own, record_end, recorded
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.checks import check_layout, layout_for_scoring
-from dltrain.parallel.weights import Weights
 from dltrain.planning import plan
 from dltrain.recipes import Declarations, describe_module, recipe_name
-from dltrain.run_folder import RunFolder, choose_run, find_run, first_record
+from dltrain.run_folder import RunFolder, find_run
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.launch import RECIPE
 from dltrain.runtime.logs import outlive_readers, say, warn
@@ -58,19 +55,6 @@ from dltrain.sagemaker.training_job import TrainingJob
 from dltrain.task import Task
 from dltrain.trainer import Trainer
 from dltrain.verification import record_steps
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe's task under a config, on this rank."""
-
-    task: type[Task]
-    recipe: str
-    preset: str
-    config: Config
-    environment: Environment
-    of: TrainingJob | None = None
-    """The job of SageMaker's that it is part of."""
 
 
 def main(task: type[Task], arguments: Sequence[str] | None = None) -> None:
@@ -99,11 +83,9 @@ def train(job: Job) -> int:
         mesh = build_mesh(job.config.parallel, job.environment, device)
         place = Place(job.config, task, job.environment, mesh, device)
         data = open_data(job.config, task, job.environment)
-        run = _own(job, *_agreed(job, partial(_chosen, job)))
+        run = own(job, *agreed(job, partial(chosen, job)))
         loader = train_loader(data, place, run.quarantine)
-        checkpointer = Checkpointer(
-            run.checkpoints, job.config.checkpoint.keep, job.environment, job.config.run.grace, _is_shared(job, run)
-        )
+        checkpointer = checkpointer_of(job, run)
         hooks = hooks_of(job.config, task, run, job.environment)
         weights = None if _goes_on(job, run) else starting_weights(job.config, job.environment)
         trainer = Trainer(
@@ -117,9 +99,9 @@ def train(job: Job) -> int:
             stop=stop,
             random_stream=mesh.random_stream,
         )
-        with _held(job, run):
+        with held(job, run):
             _resume(job, run, trainer, checkpointer)
-            with _recorded(job, run, data.train, hooks, weights):
+            with recorded(job, run, data.train, hooks, weights):
                 status = trainer.fit()
                 return _conclude(job, run, trainer, status, time.monotonic() - started, hooks, stop.reason)
 
@@ -192,18 +174,6 @@ def _declared(task: type[Task]) -> Declarations:
     return describe_module(module, name, path, module.__doc__ or "")
 
 
-def _chosen(job: Job) -> tuple[RunFolder, bool]:
-    """The run, and whether it is one of ``run.folder``'s."""
-    run = choose_run(job.config, job.recipe, job.preset)
-    return run, run.path.parent == Path(job.config.run.folder).expanduser()
-
-
-def _own(job: Job, run: RunFolder, of_folder: bool) -> RunFolder:
-    """The run that rank 0 has chosen as this host has it, where each has a folder of its own."""
-    there = RunFolder(Path(job.config.run.folder).expanduser() / run.name)
-    return there if of_folder and job.of is not None and not _is_shared(job, there) else run
-
-
 def _generations(job: Job) -> int:
     """Of processes above this one whose end is the job's: not a shell's, which may be left behind."""
     if job.of is not None and job.of.way != "container":
@@ -211,72 +181,10 @@ def _generations(job: Job) -> int:
     return int(bool(job.environment.launcher))
 
 
-def _checkpointer(job: Job, run: RunFolder) -> Checkpointer:
-    config = job.config
-    return Checkpointer(
-        run.checkpoints, config.checkpoint.keep, job.environment, config.run.grace, _is_shared(job, run)
-    )
-
-
-def _is_shared(job: Job, run: RunFolder) -> bool:
-    """Whether all hosts see the run's folder: those that SageMaker copies are each host's own."""
-    if job.of is None:
-        return True
-    own = [job.of.folders.output, *([] if job.of.checkpoints is None else [job.of.checkpoints.folder])]
-    return not any(run.path.resolve().is_relative_to(folder.resolve()) for folder in own)
-
-
 def _with_one_debugger(job: Job) -> Job:
     """Rank 0's settings of the debugger on every rank: a file of each host may have been read."""
-    debugger = _agreed(job, lambda: job.config.debugger)
+    debugger = agreed(job, lambda: job.config.debugger)
     return replace(job, config=job.config.replace(debugger=debugger))
-
-
-T = TypeVar("T")
-
-
-def _agreed(job: Job, decide: Callable[[], T]) -> T:
-    """What rank 0 decides, on every rank; its mistake is refused by all."""
-    decided: list[Any] = [None]
-    if job.environment.is_main:
-        try:
-            decided = [decide()]
-        except UserError as error:
-            decided = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(decided, src=0)
-    if isinstance(decided[0], UserError):
-        raise decided[0]
-    return cast(T, decided[0])
-
-
-@contextmanager
-def _held(job: Job, run: RunFolder) -> Iterator[None]:
-    """The run's folder, made and held by rank 0; nothing of it is made or changed before."""
-    lock: list[IO[str]] = []
-    _agreed(job, lambda: lock.append(run.claim()))
-    try:
-        yield
-    finally:
-        for file in lock:
-            file.close()
-
-
-@contextmanager
-def _recorded(job: Job, run: RunFolder, dataset: Dataset, hooks: list[Hook], weights: Weights | None) -> Iterator[None]:
-    """``run.json`` says that the run goes on, and how it ended if it fails; hooks are closed either way."""
-    _record_start(job, run, dataset)
-    if weights is not None and weights.match is not None and job.environment.is_main:
-        say(job.environment, str(weights.match))
-        run.update(weights=weights.match.record())
-    try:
-        yield
-    except BaseException:
-        _record_end(job, run, "failed")
-        raise
-    finally:
-        for hook in hooks:
-            hook.close()
 
 
 def _show_model(hooks: list[Hook], model: nn.Module) -> None:
@@ -286,7 +194,7 @@ def _show_model(hooks: list[Hook], model: nn.Module) -> None:
 
 def _goes_on(job: Job, run: RunFolder) -> bool:
     """Whether a checkpoint will give the weights."""
-    return job.config.run.resume != "never" and _agreed(job, lambda: bool(committed(run.checkpoints)))
+    return job.config.run.resume != "never" and agreed(job, lambda: bool(committed(run.checkpoints)))
 
 
 def _resume(job: Job, run: RunFolder, trainer: Trainer, checkpointer: Checkpointer) -> None:
@@ -324,29 +232,12 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
     return changes
 
 
-def _record_start(job: Job, run: RunFolder, dataset: Dataset) -> None:
-    if not job.environment.is_main:
-        return
-    record = first_record(job.config, job.recipe, job.preset, job.environment.world_size, dataset)
-    if run.record.is_file():
-        record["created"] = run.read()["created"]
-    run.update(**record)
-    storage.write(str(run.config), to_yaml(job.config).encode())
-    storage.write(str(run.recipe), Path(inspect.getfile(job.task)).read_bytes())
-    say(job.environment, f"run {run.path} on {job.environment.world_size} rank(s)")
-
-
-def _record_end(job: Job, run: RunFolder, status: str, **facts: Any) -> None:
-    if job.environment.is_main and run.record.is_file():
-        run.update(status=status, **facts)
-
-
 def _conclude(
     job: Job, run: RunFolder, trainer: Trainer, status: str, seconds: float, hooks: list[Hook], reason: str
 ) -> int:
     """Report, record, and the last line; ``reason`` is why this rank was asked to stop."""
     if status == "stopped":
-        _record_end(job, run, status, step=trainer.step, micro_batch=trainer.engine.micro_batch, reason=reason)
+        record_end(job, run, status, step=trainer.step, micro_batch=trainer.engine.micro_batch, reason=reason)
         why = f" ({reason})" if reason else ""
         say(job.environment, f"stopped and saved at step {trainer.step}{why}; go on with: --run.resume {run.path}")
         told = report_stopped(job.environment.rank, reason, trainer.step)
@@ -362,7 +253,7 @@ def _conclude(
     facts = {"seconds": round(seconds, 2), "samples_per_second": round(rate, 1), "step": trainer.step}
     if job.of is not None:  # before the run counts as finished: one that is ended in between goes on from here
         deliver(job.of, run, trainer.engine, trainer.scores, trainer.step, job.environment)
-    _record_end(job, run, status, scores=trainer.scores, micro_batch=trainer.engine.micro_batch, **facts)
+    record_end(job, run, status, scores=trainer.scores, micro_batch=trainer.engine.micro_batch, **facts)
     report = f"; report: {run.report / 'evaluation.html'}" if run.report.is_dir() else ""
     say(job.environment, f"finished {trainer.step} steps in {seconds:.1f} s: {run.path}{report}")
     if job.environment.is_main:

@@ -125,10 +125,11 @@ class RunFolder:
         storage.write(str(self.record), (json.dumps({**record, **changes}, indent=1) + "\n").encode())
 
 
-def choose_run(config: Config, recipe: str, preset: str) -> RunFolder:
+def choose_run(config: Config, recipe: str, preset: str, moved: bool = False) -> RunFolder:
     """The folder this run is to use: a fresh one, or with ``run.resume`` the one to go on with. Makes nothing.
 
-    Raises :class:`UserError` when a fresh run would overwrite one, or there is nothing to resume.
+    Where the user's recipe may have ``moved`` since an earlier run, its file's name counts and not its folder. Raises
+    :class:`UserError` when a fresh run would overwrite one, or there is nothing to resume.
     """
     run = config.run
     if "://" in run.folder:
@@ -146,7 +147,8 @@ def choose_run(config: Config, recipe: str, preset: str) -> RunFolder:
     if run.resume == "auto":
         for candidate in reversed(all_runs(folder)):
             record = candidate.read()
-            if (record["recipe"], record["preset"]) == (recipe, preset) and record["status"] != "finished":
+            same = _is_same(record["recipe"], recipe, moved) and record["preset"] == preset
+            if same and record["status"] != "finished":
                 return candidate
     return _fresh(folder, recipe, preset)
 
@@ -203,6 +205,12 @@ def _named(name: str, folder: Path) -> RunFolder:
             return candidate
     names = [run.name for run in all_runs(folder)]
     raise UserError(f"there is no run {name!r} here or in {folder}; {nearest(name, names)}")
+
+
+def _is_same(one: str, other: str, moved: bool) -> bool:
+    if moved and one.endswith(".py"):
+        return Path(one).name == Path(other).name
+    return one == other
 
 
 def _fresh(folder: Path, recipe: str, preset: str) -> RunFolder:

@@ -88,6 +88,7 @@ def test_the_rooms_import_from_their_own_floor_or_below() -> None:
         "job_data": 6,
         "job_hooks": 6,
         "job_process": 6,
+        "job_run": 6,
         "verification": 6,
         "planning": 6,
         "recipes": 6,
