@@ -50,7 +50,7 @@ from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_res
 from dltrain.sagemaker.debug_hook import apply_debug_hook
 from dltrain.sagemaker.delivery import deliver
 from dltrain.sagemaker.hyperparameters import Hyperparameters
-from dltrain.sagemaker.placing import placed
+from dltrain.sagemaker.placing import kept, placed
 from dltrain.sagemaker.training_job import TrainingJob
 from dltrain.task import Task
 from dltrain.trainer import Trainer
@@ -147,6 +147,7 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
     recipe = _declared(task)
     if known.command == "train":
         settings = {**given.settings, **overrides}
+        settings = settings if job is None else kept(settings, job)
         config = apply_channels(recipe.configure(known.preset, settings, known.config), read_channels())
         config = apply_debug_hook(config, settings, environment)
         for told in given.told:

@@ -173,7 +173,7 @@ class Trainer:
         if self.checkpointer is None:
             return
         self._drain()
-        path = self.checkpointer.save(self.step, self.engine, self.state_dict())
+        path = self.checkpointer.save(self.step, self.engine, self.state_dict(), self._steps_to_stop)
         self._tell("checkpoint_saved", path)
         self._meter.restart()
         CLOCK.mark("checkpoint")
@@ -258,7 +258,12 @@ class Trainer:
 
     def _stops(self) -> bool:
         saving = 0.0 if self.checkpointer is None else self.checkpointer.longest
-        return self._stop.look(saving + STEPS_TO_STOP * self._pace)
+        return self._stop.look(saving + self._steps_to_stop)
+
+    @property
+    def _steps_to_stop(self) -> float:
+        """Seconds from a signal to its save."""
+        return STEPS_TO_STOP * self._pace
 
     def _read(self, up_to: int) -> Request:
         """Read the values of steps up to ``up_to``, log what is due, and return what the ranks have asked for."""

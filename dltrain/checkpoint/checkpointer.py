@@ -44,7 +44,7 @@ it has one that is not."""
 class Checkpointer:
     """Checkpoints of one run in ``folder``; the last ``keep`` and the best one stay.
 
-    ``grace`` is how many seconds an interruption leaves: a save that takes longer is told once. Where the folder is not
+    ``grace`` is how many seconds an interruption leaves: a stop that takes longer is told once. Where the folder is not
     ``shared``, each host has one of its own with what its ranks have saved, and somebody brings them together before
     the run is started again, as SageMaker does.
     """
@@ -65,8 +65,9 @@ class Checkpointer:
         self._checked: Path | None = None
         self._seen_by_all = environment.world_size == 1 or not self._shared
 
-    def save(self, step: int, engine: Engine, state: dict[str, Any]) -> Path:
-        """Save and commit; collective. ``state`` is JSON, equal on every rank.
+    def save(self, step: int, engine: Engine, state: dict[str, Any], before: float = 0.0) -> Path:
+        """Save and commit; collective. ``state`` is JSON, equal on every rank; ``before`` are the seconds that pass
+        between a signal and its save.
 
         A step this process has saved or resumed from is not saved again; whatever else lies under its name is replaced.
         """
@@ -90,17 +91,21 @@ class Checkpointer:
         _barrier()
         self._refuse_unshared(path)
         self._whole = step
-        self._note(time.monotonic() - started)
+        self.longest = max(self.longest, time.monotonic() - started)
+        self._tell_of_grace(before)
         return path
 
-    def _note(self, seconds: float) -> None:
-        if seconds > self._grace >= self.longest:
-            warn(
-                self._environment,
-                f"saving took {seconds:.0f} s, and an interruption leaves {self._grace:g} (run.grace): what came after "
-                "the last checkpoint may be lost; save more often, or let more ranks share it (parallel.dp_shard)",
-            )
-        self.longest = max(self.longest, seconds)
+    def _tell_of_grace(self, before: float) -> None:
+        if before + self.longest <= self._grace:
+            return
+        steps = f" and the steps before it {before:.0f} s" if before >= 1 else ""
+        warn(
+            self._environment,
+            f"saving takes {self.longest:.0f} s{steps}, and an interruption leaves {self._grace:g} (run.grace): what "
+            "came after the last checkpoint may be lost; save more often, or let more ranks share it "
+            "(parallel.dp_shard)",
+        )
+        self._grace = math.inf  # told once
 
     def load(self, path: Path, engine: Engine) -> dict[str, Any]:
         """Give the engine its tensors and return the rest of the state; collective. Raises :class:`UserError`."""

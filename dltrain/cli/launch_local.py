@@ -1,7 +1,8 @@
 """``dltrain launch local RECIPE [--as-sagemaker --hosts N] [--nproc N] [--preset NAME] [--section.key value ...]``
 
 As SageMaker: each host gets its own ``/opt/ml`` below ``--base`` and the real entry point, so that what would fail
-there fails here, before it is paid for. The same command once more goes on from the checkpoints of the first, as a job
+there fails here, before it is paid for: a recipe of yours is brought with what lies beside it, as it would be uploaded,
+and its requirements.txt is installed. The same command once more goes on from the checkpoints of the first, as a job
 does that was interrupted.
 """
 
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,9 +23,13 @@ from dltrain.cli import train
 from dltrain.cli.main import Parser
 from dltrain.config import split_arguments
 from dltrain.errors import EXIT_STOPPED, UserError
-from dltrain.recipes import declarations, recipe_name
+from dltrain.recipes import declarations
 from dltrain.runtime.environment import cores
+from dltrain.runtime.parent import stop_with_parent
+from dltrain.sagemaker.channels import CODE
+from dltrain.sagemaker.code import is_users, read_code
 from dltrain.sagemaker.fabricated import INSTANCE, Fabricated
+from dltrain.sagemaker.request import local_urls
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -38,23 +44,44 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--base", type=Path, default=Path("sagemaker-local"))
     parser.add_argument("--channel", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--instance-type", default=INSTANCE)
+    parser.add_argument("--source", default="", help="folder with your recipe; its own if this is left out")
+    parser.add_argument("--ignore", action="append", default=[], help="pattern of files there that are not brought")
     known = parser.parse_args(words)
     if not known.as_sagemaker:
-        if known.hosts > 1 or known.channel:
-            raise UserError("--hosts and --channel are of containers; add --as-sagemaker, or leave them out")
+        if known.hosts > 1 or known.channel or known.source or known.ignore:
+            raise UserError("--hosts, --channel, --source and --ignore are of containers; add --as-sagemaker")
         options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--nproc={known.nproc}"]
         return train.run([known.recipe, *options, *(f"--{key}={value}" for key, value in overrides.items())])
     if known.hosts < 1 or known.nproc < 1:
         raise UserError(f"--hosts is {known.hosts} and --nproc {known.nproc}; give 1 or more of each")
-    declarations(known.recipe).configure(known.preset, overrides)  # refused here, not by each host
-    given = {"recipe": recipe_name(known.recipe), "preset": known.preset, "nproc": known.nproc}
-    given |= {name.replace(".", "__"): value for name, value in overrides.items()}
-    made = Fabricated(known.base.resolve(), known.hosts, given, _channels(known.channel), known.instance_type)
-    made.lay_down()
-    print(f"{known.hosts} host(s) in {known.base}", file=sys.stderr, flush=True)
-    statuses = _run_hosts(made, cores() // known.hosts)
-    made.collect()
+    checked = {name: value for name, value in overrides.items() if name != "run.resume"}  # of what the hosts have
+    config = declarations(known.recipe).configure(known.preset, checked)  # refused here, not by each host
+    for url in local_urls(config):
+        _tell_of_local(url)
+    made = _fabricated(known, overrides)
+    with made.held():
+        made.lay_down()
+        print(f"{known.hosts} host(s) in {known.base}", file=sys.stderr, flush=True)
+        statuses = _run_hosts(made, cores() // known.hosts)
+        made.collect()
     return _told(made, statuses)
+
+
+def _tell_of_local(url: str) -> None:
+    """Raises :class:`UserError` where a container, which starts in a folder of its own, would not find it."""
+    there = f"{url} lies on this machine, where a real container does not see it"
+    if not Path(url.removeprefix("file://")).is_absolute():
+        raise UserError(f"{there}: give data as a channel, --channel train=FOLDER, or an address on S3")
+    print(f"warning: {there}; give data as a channel, or an address on S3", file=sys.stderr)
+
+
+def _fabricated(known: Namespace, overrides: Mapping[str, str]) -> Fabricated:
+    code = read_code(known.recipe, known.source, known.ignore) if is_users(known.recipe) else None
+    recipe = known.recipe if code is None else Path(known.recipe).name
+    given = {"recipe": recipe, "preset": known.preset, "nproc": known.nproc}
+    given |= {name.replace(".", "__"): value for name, value in overrides.items()}
+    channels = _channels(known.channel)
+    return Fabricated(known.base.resolve(), known.hosts, given, channels, known.instance_type, code=code)
 
 
 def _channels(words: Sequence[str]) -> dict[str, Path]:
@@ -63,6 +90,8 @@ def _channels(words: Sequence[str]) -> dict[str, Path]:
         name, equals, folder = word.partition("=")
         if not equals or not Path(folder).is_dir():
             raise UserError(f"--channel is {word!r}; give NAME=FOLDER, a folder that there is")
+        if name == CODE:
+            raise UserError(f"a channel must not be named {CODE!r}: your code comes by it")
         found[name] = Path(folder)
     return found
 
@@ -77,7 +106,7 @@ def _run_hosts(made: Fabricated, threads: int) -> dict[str, int]:
         for process in processes.values():
             process.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         readers = [_prefixed(made, host, process) for host, process in processes.items()]
         statuses = {host: process.wait() for host, process in processes.items()}
@@ -91,8 +120,10 @@ def _run_hosts(made: Fabricated, threads: int) -> dict[str, int]:
 
 def _start(made: Fabricated, host: str, variables: Mapping[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dltrain.sagemaker"],
+        [made.interpreter(host), "-m", "dltrain.sagemaker"],
         env={**variables, **made.variables(host)},
+        cwd=made.base(host),
+        preexec_fn=stop_with_parent,  # noqa: PLW1509 - no thread has been started yet
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

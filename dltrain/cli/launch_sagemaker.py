@@ -18,10 +18,12 @@ from dltrain.degrees import degrees_of
 from dltrain.errors import EXIT_INTERRUPTED, UserError
 from dltrain.recipes import declarations
 from dltrain.runtime.environment import Environment
+from dltrain.sagemaker.channels import CODE
+from dltrain.sagemaker.code import Code, is_users, read_code
 from dltrain.sagemaker.following import Followed
 from dltrain.sagemaker.options import JobOptions, read_options
 from dltrain.sagemaker.prices import Bill, read_prices
-from dltrain.sagemaker.request import build, is_users, source_of, upload
+from dltrain.sagemaker.request import address_of, build, settings_here
 
 FLAGS = ("spot", "isolate", "encrypt")
 
@@ -33,18 +35,19 @@ def run(arguments: Sequence[str]) -> int:
     known = _parser().parse_args(words)
     given = {name: getattr(known, name) for name in JobOptions.model_fields if getattr(known, name) is not None}
     options = read_options(known.job, given)
-    config = declarations(known.recipe).configure(known.preset, overrides)
+    config = declarations(known.recipe).configure(known.preset, settings_here(overrides, options))
     if options.nproc:  # of GPUs only the instance knows
         degrees_of(config.parallel, Environment(0, options.nproc * options.count, 0, options.nproc))
     request = build(known.recipe, known.preset, overrides, config, options)
-    if is_users(known.recipe):
-        source_of(known.recipe, options)
+    code = read_code(known.recipe, options.source, options.ignore) if is_users(known.recipe) else None
+    if code is not None:
+        print(f"code: {code.told()}", file=sys.stderr)
     for line in Bill(options, read_prices(known.prices, options.instance_type, options.region)).lines():
         print(line, file=sys.stderr)
     if known.dry_run:
         print(json.dumps(request, indent=1))
         return 0
-    return _start(known, request, options)
+    return _start(known, request, options, code)
 
 
 def _parser() -> Parser:
@@ -73,16 +76,17 @@ def _parsed(text: str) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-def _start(known: Any, request: dict[str, Any], options: JobOptions) -> int:
+def _start(known: Any, request: dict[str, Any], options: JobOptions, code: Code | None) -> int:
     import boto3  # slow to import
     from botocore.exceptions import BotoCoreError, ClientError
 
     name = request["TrainingJobName"]
     region = {"region_name": options.region} if options.region else {}
     try:
-        if is_users(known.recipe):
-            files = list(upload(known.recipe, options, name))
-            print(f"{len(files)} file(s) of code are at {options.bucket}/{name}/code", file=sys.stderr)
+        if code is not None:
+            address = f"{address_of(name, options)}/{CODE}"
+            files = list(code.upload(address))
+            print(f"{len(files)} file(s) of code are at {address}", file=sys.stderr)
         client = boto3.client("sagemaker", **region)
         client.create_training_job(**request)
         print(f"started {name}", file=sys.stderr)

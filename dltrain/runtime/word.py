@@ -6,24 +6,21 @@ exit status alone says little, and torchrun makes 1 of every one that is not 0.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dltrain.runtime.parent import stop_with_parent
+
 FAILURES = "DLTRAIN_FAILURES"
 """Variable that names the folder."""
 
 FRAMES = 3
 """Last lines of code that a failure names."""
-
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,8 @@ def running_in(folder: Path) -> set[int]:
 
 def report_ready(rank: int) -> None:
     """Tell that this rank listens to signals; before, it has nothing to save and is simply ended."""
-    if _write(f"ready-{rank}", os.getpid()) and sys.platform == "linux":
-        # should the launcher be killed, its ranks are told to save and stop
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _write(f"ready-{rank}", os.getpid()):
+        stop_with_parent()  # should the launcher be killed, its ranks save and stop
 
 
 def ready_in(folder: Path) -> dict[int, int]:

@@ -1,29 +1,40 @@
 """A training job's hosts on this machine: the folders that SageMaker lays down, and its copies to and from S3.
 
     made = Fabricated(Path("sagemaker-local"), hosts=2, hyperparameters={"recipe": "image/classify"})
-    made.lay_down()  # brings back what an earlier job has left in the place of S3
-    made.variables(host)  # of the host's entry point
-    made.collect()
+    with made.held():
+        made.lay_down()  # brings back what an earlier job has left in the place of S3
+        subprocess.run([made.interpreter(host), "-m", "dltrain.sagemaker"], env=made.variables(host))
+        made.collect()
 
 Hosts are addresses of the loopback interface, 127.0.0.1 and on, and each has its own ``/opt/ml``. A folder stands for
 the bucket: checkpoints of all hosts come together there, and what hosts delete is deleted there, as SageMaker does it.
+A host whose code asks for packages gets a Python of its own for them, which has those of this one besides.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from collections.abc import Mapping
+import site
+import sys
+import venv
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dltrain.errors import UserError
+from dltrain.sagemaker.channels import CODE
+from dltrain.sagemaker.code import REQUIREMENTS, Code
 
 INSTANCE = "ml.m5.xlarge"
 
 
 @dataclass(frozen=True)
 class Fabricated:
-    """``root`` holds the hosts' folders and ``s3``; ``channels`` are local folders by name."""
+    """``root`` holds the hosts' folders and ``s3``; ``channels`` are local folders by name, ``code`` is the user's."""
 
     root: Path
     hosts: int
@@ -31,6 +42,7 @@ class Fabricated:
     channels: Mapping[str, Path] = field(default_factory=dict)
     instance_type: str = INSTANCE
     name: str = "local"
+    code: Code | None = None
 
     @property
     def names(self) -> list[str]:
@@ -47,27 +59,76 @@ class Fabricated:
     def variables(self, host: str) -> dict[str, str]:
         return {"SAGEMAKER_BASE_DIR": str(self.base(host)), "TRAINING_JOB_NAME": self.name}
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep others out of the folder. Raises :class:`UserError` where another process uses it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another job runs in {self.root}; wait for it, or give another --base") from None
+            yield
+
+    def interpreter(self, host: str) -> str:
+        """Python of a host: this one, or one of its own where the code has requirements."""
+        if self.code is None or REQUIREMENTS not in self.code.files:
+            return sys.executable
+        folder = self.base(host).parents[1] / "python"
+        venv.create(folder, clear=True, symlinks=True)
+        (packages,) = folder.glob("lib/python*/site-packages")
+        here = [f"import site; site.addsitedir({each!r})" for each in site.getsitepackages()]
+        (packages / "here.pth").write_text("\n".join(here) + "\n")
+        return str(folder / "bin" / "python")
+
     def lay_down(self) -> None:
-        """Fresh folders on each host, with the checkpoints that are in the bucket."""
+        """Fresh folders on each host, with the checkpoints that are in the bucket, or should have come there: SageMaker
+        copies them while a job runs, whatever becomes of it."""
+        if not self._collected.exists():
+            self._copy("checkpoints")
+        self._collected.unlink(missing_ok=True)
+        for base in self._bases():  # an earlier job may have had more hosts
+            shutil.rmtree(base)
         for host in self.names:
             base = self.base(host)
-            shutil.rmtree(base, ignore_errors=True)
             for folder in ("input/config", "input/data", "model", "output/data", "checkpoints"):
                 (base / folder).mkdir(parents=True)
             for name, tree in self._descriptions(host).items():
                 (base / "input/config" / name).write_text(json.dumps(tree, indent=1))
             for channel, source in self.channels.items():
                 (base / "input/data" / channel).symlink_to(source.resolve(), target_is_directory=True)
+            if self.code is not None:
+                self.code.copy(base / "input/data" / CODE)
             kept = self.bucket / "checkpoints"
             if kept.is_dir():
                 shutil.copytree(kept, base / "checkpoints", dirs_exist_ok=True)
 
     def collect(self) -> None:
         """What the hosts have in the place of S3: checkpoints, and at the end model and output of all of them."""
-        for source, target in (("checkpoints", "checkpoints"), ("model", "model"), ("output/data", "output")):
-            shutil.rmtree(self.bucket / target, ignore_errors=True)
-            for host in self.names:
-                shutil.copytree(self.base(host) / source, self.bucket / target, dirs_exist_ok=True)
+        self._copy("checkpoints")
+        self._copy("model")
+        self._copy("output/data", "output")
+        self._collected.touch()
+
+    @property
+    def _collected(self) -> Path:
+        """Says that everything of the hosts is in the bucket."""
+        return self.root / ".collected"
+
+    def _bases(self) -> list[Path]:
+        return sorted(self.root.glob("algo-*/opt/ml"))
+
+    def _copy(self, source: str, target: str = "") -> None:
+        """From all hosts in the place of what is there, which stays until the copy is whole."""
+        folders = [folder for base in self._bases() if (folder := base / source).is_dir()]
+        if not folders:
+            return
+        part, whole = self.bucket / f".{target or source}", self.bucket / (target or source)
+        shutil.rmtree(part, ignore_errors=True)
+        for folder in folders:
+            shutil.copytree(folder, part, dirs_exist_ok=True)
+        shutil.rmtree(whole, ignore_errors=True)
+        part.rename(whole)
 
     def failure(self, host: str) -> str:
         """What SageMaker would show as the failure reason; empty where nothing failed."""
@@ -80,7 +141,7 @@ class Fabricated:
         group = {"instance_group_name": "homogeneousCluster", "instance_type": self.instance_type, "hosts": self.names}
         return {
             "hyperparameters.json": {name: json.dumps(value) for name, value in self.hyperparameters.items()},
-            "inputdataconfig.json": dict.fromkeys(self.channels, channel),
+            "inputdataconfig.json": dict.fromkeys([*self.channels, *([CODE] if self.code else [])], channel),
             "resourceconfig.json": {
                 "current_host": host,
                 "hosts": sorted(self.names),

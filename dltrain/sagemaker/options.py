@@ -5,6 +5,7 @@ options = read_options(Path("job.yaml"), {"count": "2"})
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,20 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from dltrain.config import Section
 from dltrain.config.load import explain
 from dltrain.errors import UserError, nearest
+
+LONGEST = 28 * 24
+"""Hours that SageMaker lets a job run at most."""
+
+_BUCKET = re.compile(r"(?!xn--|.*\.\.|\d+\.\d+\.\d+\.\d+$)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+def check_address(value: str) -> None:
+    """Raises ``ValueError`` for what is no ``s3://bucket/prefix``."""
+    bucket = value.removeprefix("s3://").partition("/")[0]
+    if not value.startswith("s3://") or not bucket:
+        raise ValueError("give an address on S3, as s3://bucket/prefix")
+    if not _BUCKET.fullmatch(bucket):
+        raise ValueError(f"no bucket can be named {bucket!r}: 3 to 63 small letters, digits, dots and dashes")
 
 
 class JobOptions(Section):
@@ -40,9 +55,9 @@ class JobOptions(Section):
     """AWS's region; empty is that of your credentials."""
     spot: bool = False
     """Take spot capacity: cheaper, and interrupted now and then."""
-    max_hours: float = Field(default=24.0, gt=0)
+    max_hours: float = Field(default=24.0, gt=0, le=LONGEST, allow_inf_nan=False)
     """Hours that the job may run; it saves and stops by itself before."""
-    wait_hours: float = Field(default=0.0, ge=0)
+    wait_hours: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """With spot: hours that it may run and wait for capacity together; 0 is twice max_hours."""
     keep_alive: int = Field(default=0, ge=0)
     """Seconds that instances stay for the next job (a warm pool)."""
@@ -52,6 +67,8 @@ class JobOptions(Section):
     """Input channels: name and s3:// address, with :FastFile or :Pipe behind it where not File."""
     source: str = ""
     """Folder with your recipe and requirements.txt; empty is the recipe file's own, where it is yours."""
+    ignore: tuple[str, ...] = ()
+    """Names and patterns of files and folders there that are not uploaded; hidden ones and runs never are."""
     environment: dict[str, str] = Field(default={})
     """Variables of the container."""
     tags: dict[str, str] = Field(default={})
@@ -74,8 +91,8 @@ class JobOptions(Section):
     @field_validator("bucket", "checkpoints")
     @classmethod
     def _is_on_s3(cls, value: str) -> str:
-        if value and not (value.startswith("s3://") and value.removeprefix("s3://").strip("/")):
-            raise ValueError("give an address on S3, as s3://bucket/prefix")
+        if value:
+            check_address(value)
         return value.rstrip("/")
 
     @model_validator(mode="after")

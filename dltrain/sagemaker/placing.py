@@ -11,9 +11,9 @@ another job seems to be at work on it: SageMaker would copy both jobs' files ove
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dltrain.config import Config, Run
 from dltrain.errors import UserError
@@ -34,11 +34,20 @@ def placed(config: C, job: TrainingJob, given: Collection[str]) -> C:
     run, usual = config.run, Run()
     changes = {}
     if "run.folder" not in given and run.folder == usual.folder:
-        folder = job.checkpoints.folder if job.checkpoints is not None else job.folders.output_data / RUNS
-        changes["folder"] = str(folder)
+        changes["folder"] = str(_folder(job))
     if "run.resume" not in given and run.resume == usual.resume:
         changes["resume"] = "auto"
     return config.replace(run=run.replace(**changes)) if changes else config
+
+
+def kept(settings: Mapping[str, Any], job: TrainingJob) -> dict[str, Any]:
+    """Settings by which the run that ``run.resume`` names is looked for where the job keeps its runs."""
+    named = settings.get("run.resume", "auto") not in ("auto", "never")
+    return {"run.folder": str(_folder(job)), **settings} if named else dict(settings)
+
+
+def _folder(job: TrainingJob) -> Path:
+    return job.checkpoints.folder if job.checkpoints is not None else job.folders.output_data / RUNS
 
 
 def refuse_alive(run: RunFolder, job: TrainingJob) -> None:

@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dltrain import storage
-from dltrain.config import Config
+from dltrain.config import Config, Run
 from dltrain.errors import UserError
 from dltrain.hooks.printed import definitions
 from dltrain.sagemaker.channels import CODE, FAST_FILE, FILE, PIPE, TRAIN
+from dltrain.sagemaker.code import is_users
 from dltrain.sagemaker.folders import BASE
 from dltrain.sagemaker.limits import check
 from dltrain.sagemaker.network import variables_for
-from dltrain.sagemaker.options import JobOptions
+from dltrain.sagemaker.options import JobOptions, check_address
 from dltrain.sagemaker.tensorboard import LOCAL_PATH
 
-_NOT_CODE = (".", "__pycache__", "runs", "sagemaker-local")
-"""Begins names of files and folders beside a recipe that are not uploaded: what runs leave there."""
+CHECKPOINTS = f"{BASE}/checkpoints"
+"""The folder that SageMaker copies to S3 while the job runs."""
 
 _EARLY = 0.05
 """Hours before SageMaker's limit by which the job stops by itself."""
@@ -40,7 +40,7 @@ def build(recipe: str, preset: str, settings: Mapping[str, Any], config: Config,
     _refuse_missing(options)
     _refuse_what_fails(config, options)
     name = options.name or job_name(recipe, preset)
-    base = f"{options.bucket}/{name}"
+    base = address_of(name, options)
     seconds = round(options.max_hours * 3600)
     request: dict[str, Any] = {
         "TrainingJobName": name,
@@ -67,7 +67,7 @@ def build(recipe: str, preset: str, settings: Mapping[str, Any], config: Config,
         "EnableInterContainerTrafficEncryption": options.encrypt,
         "CheckpointConfig": {
             "S3Uri": options.checkpoints or f"{base}/checkpoints",
-            "LocalPath": f"{BASE}/checkpoints",
+            "LocalPath": CHECKPOINTS,
         },
         "ProfilerConfig": {"DisableProfiler": True},  # or SageMaker attaches it
         "Environment": dict(options.environment),
@@ -89,6 +89,24 @@ def build(recipe: str, preset: str, settings: Mapping[str, Any], config: Config,
     return request
 
 
+def settings_here(settings: Mapping[str, Any], options: JobOptions) -> dict[str, Any]:
+    """Settings as far as they can be checked on this machine: a run to go on with lies among the job's checkpoints.
+
+    Raises :class:`UserError` where the job begins with none.
+    """
+    run = settings.get("run.resume", "auto")
+    if run in ("auto", "never"):
+        return dict(settings)
+    if not options.checkpoints:
+        raise UserError(f"run.resume is {run!r}; say among which checkpoints it lies: --checkpoints s3://bucket/prefix")
+    return {**settings, "run.resume": "auto"}
+
+
+def address_of(name: str, options: JobOptions) -> str:
+    """Below which everything of a job of that name lies on S3."""
+    return f"{options.bucket}/{name}"
+
+
 def hyperparameters(recipe: str, preset: str, settings: Mapping[str, Any], options: JobOptions) -> dict[str, str]:
     """Text by name: values as JSON, dots as ``__``, which every launcher can make a variable of."""
     words = {"recipe": Path(recipe).name if is_users(recipe) else recipe, "preset": preset, "nproc": options.nproc}
@@ -98,34 +116,10 @@ def hyperparameters(recipe: str, preset: str, settings: Mapping[str, Any], optio
     return {name: json.dumps(value) for name, value in given.items()}
 
 
-def is_users(recipe: str) -> bool:
-    """Whether a recipe is a file of the user's, which the container must be brought."""
-    return recipe.endswith(".py")
-
-
-def source_of(recipe: str, options: JobOptions) -> Path:
-    """The folder that is uploaded. Raises :class:`UserError` where the recipe does not lie in it."""
-    folder = Path(options.source) if options.source else Path(recipe).parent
-    if not (folder / Path(recipe).name).is_file():
-        raise UserError(f"source is {str(folder)!r}, and {Path(recipe).name} does not lie in it")
-    return folder
-
-
 def job_name(recipe: str, preset: str) -> str:
     """A name that no other job has: recipe, preset and time."""
     stem = re.sub(r"[^a-zA-Z0-9]+", "-", f"{Path(recipe).stem}-{preset}").strip("-")
     return f"{stem[:43]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-
-
-def upload(recipe: str, options: JobOptions, name: str) -> Iterator[str]:
-    """Bring the user's code to where the request says; addresses of the files."""
-    folder = source_of(recipe, options)
-    for file in sorted(folder.rglob("*")):
-        inside = file.relative_to(folder)
-        if file.is_file() and not any(part.startswith(_NOT_CODE) for part in inside.parts):
-            target = f"{options.bucket}/{name}/{CODE}/{inside.as_posix()}"
-            storage.upload(file, target)
-            yield target
 
 
 def _refuse_missing(options: JobOptions) -> None:
@@ -142,18 +136,18 @@ def _refuse_missing(options: JobOptions) -> None:
 def _refuse_what_fails(config: Config, options: JobOptions) -> None:
     """What SageMaker would take, and the job would then die of."""
     variables_for(options.instance_type, "eth0", options.count)
-    urls = [config.data.train, config.data.evaluation, *(source.url for source in config.data.sources)]
+    urls = data_urls(config)
     remote = [url for url in urls if url.partition("://")[0] in ("s3", "http", "https")]
     if options.isolate and remote:
         raise UserError(
             f"--isolate leaves the container no network, and {remote[0]} is read over it; bring it as a channel: "
             "--channels '{train: ...}' and no data.train"
         )
-    weights = getattr(config.model, "weights", "")
     inside = tuple(f"{BASE}/input/data/{channel}" for channel in options.channels)
-    local = [url for url in (*urls, weights) if _is_here(url) and not url.startswith(inside or "\0")]
+    local = [url for url in local_urls(config) if not url.startswith(inside or "\0")]
     if local:
         raise UserError(f"{local[0]} lies on this machine; upload it and give its s3:// address, or a channel of it")
+    _refuse_lost(config, options)
     missing = not config.data.train and not config.data.sources and not set(options.channels) & set(TRAIN)
     if missing:
         raise UserError(f"there are no training data: give data.train or a channel {TRAIN[0]!r}")
@@ -162,8 +156,35 @@ def _refuse_what_fails(config: Config, options: JobOptions) -> None:
             raise UserError(f"a channel must not be named {CODE!r}: your code comes by it")
 
 
-def _is_here(url: str) -> bool:
-    return bool(url) and ("://" not in url or url.startswith("file://"))
+def _refuse_lost(config: Config, options: JobOptions) -> None:
+    """What a job would write or wait for where SageMaker neither keeps it nor lets it."""
+    folder = config.run.folder
+    if folder != Run().folder and not Path(folder).is_relative_to(CHECKPOINTS):
+        raise UserError(
+            f"run.folder is {folder!r}, which SageMaker does not keep: leave it out, or give a folder "
+            f"below {CHECKPOINTS}"
+        )
+    if config.run.deadline and config.run.deadline.seconds > options.max_hours * 3600:
+        raise UserError(
+            f"run.deadline is {config.run.deadline}, and SageMaker ends the job after max_hours {options.max_hours:g}; "
+            "give more of these, or leave run.deadline out"
+        )
+    if config.run.stop_file:
+        raise UserError(
+            f"run.stop_file is {config.run.stop_file!r}, and nobody can put a file into the container: leave it out, "
+            "and stop the job by aws sagemaker stop-training-job"
+        )
+
+
+def data_urls(config: Config) -> list[str]:
+    """Where training and held-out data come from."""
+    return [config.data.train, config.data.evaluation, *(source.url for source in config.data.sources)]
+
+
+def local_urls(config: Config) -> list[str]:
+    """Of data and weights, those that lie on this machine."""
+    urls = [*data_urls(config), getattr(config.model, "weights", "")]
+    return [url for url in urls if url and ("://" not in url or url.startswith("file://"))]
 
 
 def _channel(name: str, address: str) -> dict[str, Any]:
@@ -173,6 +194,10 @@ def _channel(name: str, address: str) -> dict[str, Any]:
             url, mode = address.removesuffix(f":{known}"), known
     if not url.startswith("s3://") or ":" in url.removeprefix("s3://"):
         raise UserError(f"channel {name!r} is {address!r}; give s3://bucket/prefix, with :FastFile or :Pipe behind it")
+    try:
+        check_address(url)
+    except ValueError as error:
+        raise UserError(f"channel {name!r} is {address!r}: {error}") from None
     source = {"S3DataType": "S3Prefix", "S3Uri": url, "S3DataDistributionType": "FullyReplicated"}
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "InputMode": mode}
 

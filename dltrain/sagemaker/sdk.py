@@ -14,8 +14,10 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 from dltrain.errors import UserError
+from dltrain.sagemaker.channels import CODE
+from dltrain.sagemaker.code import read_code
 from dltrain.sagemaker.options import JobOptions
-from dltrain.sagemaker.request import upload
+from dltrain.sagemaker.request import address_of
 from dltrain.sagemaker.sdk_arguments import (
     CONTAINER,
     SdkJob,
@@ -110,7 +112,7 @@ def _knowing_its_inputs(base: Any, job: SdkJob, recipe: str, options: JobOptions
             if inputs is not None and not isinstance(inputs, dict):
                 inputs = {"training": inputs}  # as the SDK calls a single one
             if job.uploads:
-                list(upload(recipe, options, name))
+                list(read_code(recipe, options.source, options.ignore).upload(f"{address_of(name, options)}/{CODE}"))
             channels = {**self.inputs, **(inputs or {})} or None
             return super().fit(channels, wait, logs, job_name or (None if self.jobs else name), experiment_config)
 

@@ -19,8 +19,9 @@ from dltrain.errors import UserError, nearest
 from dltrain.recipes import declarations, find
 from dltrain.runtime.environment import Environment
 from dltrain.sagemaker.channels import CODE
+from dltrain.sagemaker.code import REQUIREMENTS, is_users, read_code
 from dltrain.sagemaker.options import JobOptions
-from dltrain.sagemaker.request import build, is_users, source_of
+from dltrain.sagemaker.request import build, settings_here
 
 CONTAINER, SCRIPT = "container", "script"
 """What is started: our own entry point, or the recipe's file by what the SDK brings."""
@@ -28,7 +29,6 @@ CONTAINER, SCRIPT = "container", "script"
 COMMAND = "exec python -m dltrain.sagemaker"
 """In the place of the driver's shell, which would not hand on SageMaker's SIGTERM."""
 
-REQUIREMENTS = "requirements.txt"
 
 _NAME_BEFORE_TIME = 48
 """Characters of a name that SDK v3 leaves whole: it cuts names of 63 at their end, where the time is."""
@@ -70,13 +70,13 @@ def described(recipe: str, preset: str, settings: Mapping[str, Any], options: Jo
     """The job, checked as ``dltrain launch sagemaker`` checks it. Raises :class:`UserError`."""
     if entry not in (CONTAINER, SCRIPT):
         raise UserError(f"entry is {entry!r}; {nearest(entry, (CONTAINER, SCRIPT))}")
-    config = declarations(recipe).configure(preset, settings)
+    config = declarations(recipe).configure(preset, settings_here(settings, options))
     if options.nproc:
         degrees_of(config.parallel, Environment(0, options.nproc * options.count, 0, options.nproc))
     request = build(recipe, preset, settings, config, options)
     file, folder = find(recipe), None
     if is_users(recipe):
-        folder = source_of(recipe, options)
+        folder = read_code(recipe, options.source, options.ignore).folder
     elif entry == SCRIPT:
         folder = file.parent
     return SdkJob(request, entry, file, folder, options.bucket, options.nproc)

@@ -16,7 +16,9 @@ from dltrain.parallel.checks import check_layout
 from dltrain.recipes import declarations, find, recipe_name
 from dltrain.runtime.environment import Environment
 from dltrain.sagemaker.channels import CODE, apply_channels
+from dltrain.sagemaker.code import REQUIREMENTS
 from dltrain.sagemaker.folders import Folders
+from dltrain.sagemaker.placing import kept
 from dltrain.sagemaker.training_job import TrainingJob
 
 
@@ -33,7 +35,7 @@ class Start:
 
 def install_requirements(job: TrainingJob) -> None:
     """What ``requirements.txt`` beside the user's recipe asks for. Raises :class:`UserError` where pip fails."""
-    files = [folder / "requirements.txt" for folder in code_folders(job.folders)]
+    files = [folder / REQUIREMENTS for folder in code_folders(job.folders)]
     for file in (each for each in files if each.is_file()):
         print(f"dltrain: installing {file}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-r", str(file)]
@@ -75,7 +77,8 @@ def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
     nproc = int(known.nproc) if known.nproc else gpus() or 1
     name = _in_the_code(known.recipe)
     file = Path(known.config) if known.config else None
-    config = declarations(name).configure(known.preset, {**job.hyperparameters.settings, **overrides}, file)
+    settings = kept({**job.hyperparameters.settings, **overrides}, job)
+    config = declarations(name).configure(known.preset, settings, file)
     config = apply_channels(config, job.channels)
     check_layout(config, Environment(0, nproc * len(job.hosts), 0, nproc))
     options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--config={file}"] * bool(file)

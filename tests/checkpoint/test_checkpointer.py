@@ -49,6 +49,18 @@ def test_what_is_saved_comes_back(tmp_path: Path, optimizer: str) -> None:
         assert torch.equal(one, two), name
 
 
+def test_a_stop_that_takes_longer_than_an_interruption_leaves_is_told_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained, checkpoints = engine(), Checkpointer(tmp_path, 5, ALONE, grace=60)
+    for number, (before, told) in enumerate(((30.0, ""), (61.0, "before it 61 s, and an interruption leaves 60"),
+                                             (99.0, ""))):  # fmt: skip
+        checkpoints.save(number, trained, {}, before)
+        said = capfd.readouterr().err
+        assert told in said
+        assert ("run.grace" in said) == bool(told)
+
+
 def save_on_rank(rank: int, ranks: int, folder: str, overrides: dict) -> None:
     trained = engine_for(rank, ranks, overrides)
     trained.forward_backward(share_of(0, rank, ranks), torch.tensor(1.0))

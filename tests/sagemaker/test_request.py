@@ -124,11 +124,12 @@ MANY = {f"model.a{number}": 1 for number in range(100)}
         ({"environment": {"a": "b" * 513}}, "Environment.a has 513 characters, and 512"),
         ({"environment": {f"a{n}": "" for n in range(101)}}, "Environment has 101 entries, and 100"),
         ({"tags": {f"a{n}": "" for n in range(51)}}, "Tags has 51 entries, and 50"),
-        ({"channels": {f"c{n}": "s3://b/c" for n in range(21)}}, "InputDataConfig has 21 entries, and 20"),
-        ({"channels": {"a b": "s3://b/c"}}, "ChannelName is 'a b', which does not fit"),
+        ({"channels": {f"c{n}": "s3://bkt/c" for n in range(21)}}, "InputDataConfig has 21 entries, and 20"),
+        ({"channels": {"a b": "s3://bkt/c"}}, "ChannelName is 'a b', which does not fit"),
         ({"channels": {"train": "/data"}}, "give s3://bucket/prefix"),
-        ({"channels": {"train": "s3://b/x:Fast"}}, "give s3://bucket/prefix"),
-        ({"channels": {"code": "s3://b/c"}}, "must not be named 'code'"),
+        ({"channels": {"train": "s3://bkt/x:Fast"}}, "give s3://bucket/prefix"),
+        ({"channels": {"train": "s3://B_b/x"}}, "channel 'train' is 's3://B_b/x': no bucket can be named 'B_b'"),
+        ({"channels": {"code": "s3://bkt/c"}}, "must not be named 'code'"),
         ({"bucket": ""}, "--bucket is missing"),
         ({"instance_type": "ml.trn1.32xlarge"}, "has no GPU"),
         ({"isolate": True}, "--isolate leaves the container no network, and s3://data/digits"),
@@ -147,6 +148,9 @@ def test_each_limit_is_a_sentence(options: dict[str, Any], words: str) -> None:
         ({"data.train": "file:///here"}, "file:///here lies on this machine"),
         ({"model.weights": "/here.safetensors"}, "/here.safetensors lies on this machine"),
         ({"data.train": ""}, "there are no training data"),
+        ({"run.folder": "/tmp/runs"}, "run.folder is '/tmp/runs', which SageMaker does not keep"),
+        ({"run.deadline": "25h"}, "run.deadline is 25h, and SageMaker ends the job after max_hours 24"),
+        ({"run.stop_file": "stop"}, "nobody can put a file into the container"),
     ],
 )
 def test_settings_that_cannot_go_there_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -168,6 +172,11 @@ def test_more_hyperparameters_than_there_may_be_are_refused() -> None:
         ({"spot": True, "wait_hours": 3, "max_hours": 4}, "less than max_hours"),
         ({"subnets": ["a"]}, "needs both subnets and security_groups"),
         ({"bucket": "data"}, "give an address on S3"),
+        ({"bucket": "s3:///data"}, "give an address on S3"),
+        ({"bucket": "s3://My_Data/x"}, "no bucket can be named 'My_Data'"),
+        ({"checkpoints": "s3://10.0.0.1/x"}, "no bucket can be named '10.0.0.1'"),
+        ({"max_hours": 1e6}, "max_hours is 1000000"),
+        ({"max_hours": float("nan")}, "max_hours is .NaN.: input should be a finite number"),
     ],
 )
 def test_options_in_a_file_are_checked(tmp_path: Path, given: dict[str, Any], words: str) -> None:
@@ -227,6 +236,24 @@ def test_a_dry_run_prints_the_request_and_starts_nothing(cli: Cli, s3: S3Server)
     assert "SageMaker would refuse this job: RoleArn" in refused.err
 
 
+def test_a_dry_run_tells_what_would_be_uploaded(cli: Cli, tmp_path: Path, s3: S3Server) -> None:
+    (tmp_path / "mine.py").write_text(Path(TINY).read_text())
+    (tmp_path / "weights.bin").write_bytes(bytes(2_000_000))
+    words = ("launch", "sagemaker", "mine.py", "--preset", "small", "--dry-run", *GIVEN)
+    done = cli(*words, **s3.variables)
+    assert done.status == 0, done.err
+    assert "code: 2 file(s), 2.0 MB, of ." in done.err
+    assert "code: 1 file(s), 0.0 MB, of ." in cli(*words, "--ignore", "weights.bin", **s3.variables).err
+
+
+def test_a_run_to_go_on_with_is_among_the_jobs_checkpoints(cli: Cli) -> None:
+    words = (*WORDS, *GIVEN, "--dry-run", "--run.resume", "run-1")
+    assert "run.resume is 'run-1'; say among which checkpoints it lies" in cli(*words).err
+    done = cli(*words, "--checkpoints", "s3://data/earlier")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["HyperParameters"]["run__resume"] == '"run-1"'
+
+
 def test_a_job_is_started_with_its_code_and_followed_to_its_end(cli: Cli, s3: S3Server) -> None:
     done = cli(*WORDS, *GIVEN, "--encrypt", **s3.variables)
     assert done.status == 0, done.err
@@ -259,7 +286,7 @@ def test_status_and_lines_are_told_as_they_come(s3: S3Server) -> None:
         for seen, status in ((1, "InProgress"), (2, "InProgress"), (3, "Failed")):
             required = {"TrainingJobArn": "arn:" + "x" * 20, "TrainingJobName": "followed", "CreationTime": 0}
             required |= {
-                "ModelArtifacts": {"S3ModelArtifacts": "s3://b/m"},
+                "ModelArtifacts": {"S3ModelArtifacts": "s3://bkt/m"},
                 "SecondaryStatus": moves[seen - 1]["Status"],
             }
             required |= {"ResourceConfig": {"VolumeSizeInGB": 1}, "StoppingCondition": {}}
