@@ -52,6 +52,7 @@ def test_peers_belong_to_the_data_benchmark_alone() -> None:
     assert "--peers" in done.stderr
 
 
+@pytest.mark.slow
 def test_smdebug_is_measured_in_an_environment_of_its_own() -> None:
     for words, sentence in (
         (("smdebug", "--peer-python", "no-such-python"), "there is no interpreter 'no-such-python' with smdebug"),

@@ -154,6 +154,7 @@ def test_a_run_has_one_trainer_at_a_time_and_a_dead_one_is_seen(cli: Cli, tmp_pa
     assert " died " in cli("runs", "ls").out
 
 
+@pytest.mark.slow
 def test_on_a_terminal_progress_is_live_and_the_result_is_whole(tmp_path: Path) -> None:
     """Standard error is a terminal, standard output a file: what `dltrain train ... > result.json` sees."""
     ours, theirs = pty.openpty()

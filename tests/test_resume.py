@@ -141,7 +141,8 @@ def test_a_signal_to_the_whole_process_group_saves_and_stops(tmp_path: Path, num
     assert len(committed(tmp_path / "runs" / "x" / "checkpoints")) == 1
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_an_evaluation_is_broken_off_and_done_when_the_run_goes_on(cli: Cli, tmp_path: Path, ranks: int) -> None:
     """A file appears while the held-out samples are scored, one by one, so that it takes a while."""
     words = ["train", TINY, "--preset", "small", "--nproc", str(ranks), "--run.name", "x", "--run.length", "8st"]

@@ -204,6 +204,7 @@ def test_a_terminal_sees_a_bar(tmp_path: Path) -> None:
     assert "40 samples" in shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path: Path) -> None:
     write_data_set(str(tmp_path / "d"), samples=3000)
     words = ("reshard", "d", "e", "--samples-per-shard", "5", "--workers", "2")

@@ -12,6 +12,7 @@ from tests.conftest import TINY, Cli
 WORDS = ("train", TINY, "--preset", "small", "--run.name", "x", "--run.resume", "auto")
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_and_keeps_its_new_ones(cli: Cli, tmp_path: Path) -> None:
     assert cli(*WORDS).status == 0
     folder = tmp_path / "runs" / "x" / "checkpoints"

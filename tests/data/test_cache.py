@@ -88,6 +88,7 @@ def test_the_budget_holds_while_processes_compete_for_it(tmp_path: Path) -> None
     assert 3 * SIZE <= most <= budget
 
 
+@pytest.mark.slow
 def test_a_random_process_killed_again_and_again_spoils_nothing(tmp_path: Path) -> None:
     folder, budget, chance = tmp_path / "cache", 6 * SIZE, random.Random(0)
     workers = [worker(folder, tmp_path / "log", budget, seed, 1000) for seed in range(4)]

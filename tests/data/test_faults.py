@@ -302,6 +302,7 @@ def test_what_is_fetched_ahead_from_a_dead_store_ends_with_its_reader(
     assert not any(thread.is_alive() for thread in ahead)
 
 
+@pytest.mark.slow
 def test_a_body_that_stalls_is_told_and_not_the_map_it_was_read_into(
     server: FaultyS3, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

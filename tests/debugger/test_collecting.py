@@ -179,6 +179,7 @@ def test_mistakes_are_one_sentence(cli: Cli, words: tuple[str, ...], sentence: s
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_ends_the_statistics_and_not_the_training(cli: Cli, small_disk: Path) -> None:
     words = (*SMALL, "--run.folder", str(small_disk), "--debugger.every", "1st", "--checkpoint.every", "0st")
     done = cli(*words, "--debugger.collect", "all", "--debugger.histograms", "true", "--debugger.raw", "[.]")
@@ -187,6 +188,7 @@ def test_a_disk_that_fills_ends_the_statistics_and_not_the_training(cli: Cli, sm
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_told_once(cli: Cli, tmp_path: Path) -> None:
     rules = "tests.recipes.rules.InTheWay"
     words = (*SMALL[:4], "--debugger.every", "1st", "--debugger.rules", rules, "--profiler.trace", "8")

@@ -29,6 +29,7 @@ def test_a_healthy_training_is_left_in_peace(cli: Cli) -> None:
     assert "0 finding(s)" in shown(cli, "")[0]
 
 
+@pytest.mark.slow
 def test_a_layer_with_another_learning_rate_is_named(cli: Cli) -> None:
     told, _ = shown(cli, "learning_rate", "--run.length", "40st")
     assert "UnevenUpdates at step 5: updates of second.0.weight are" in told

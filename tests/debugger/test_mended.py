@@ -141,6 +141,7 @@ def test_rules_remember_what_they_saw_before_a_resume(cli: Cli, tmp_path: Path) 
     assert live == [str(each) for each in run.judge(["LossSpike:window=5", "AllZero", "Overfit"])]
 
 
+@pytest.mark.slow
 def test_a_rule_in_the_folder_at_hand_is_found_and_mistakes_are_refused(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "my_rules.py").write_text(
         "from dataclasses import dataclass\nfrom dltrain import Rule\n\n@dataclass\nclass Always(Rule):\n"

@@ -32,6 +32,7 @@ def compiles_longer(rank: int, patient: bool) -> float:
     return total.item()
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_one_that_compiles_longer_than_a_collective_may_take() -> None:
     assert run_ranks(compiles_longer, 2, True) == [2.0, 2.0]
     with pytest.raises(RankError, match=r"(?i)timed out|timeout"):

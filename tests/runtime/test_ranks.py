@@ -51,6 +51,7 @@ def test_the_first_failing_rank_is_shown_and_the_others_ended() -> None:
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_or_hangs_is_named() -> None:
     with pytest.raises(RankError, match="rank 1 died without a word"):
         run_ranks(die, 2)
@@ -75,6 +76,7 @@ def test_the_launcher_ends_all_when_one_fails(capfd: pytest.CaptureFixture[str])
 RUNNING = "import os, sys, time; from dltrain.runtime.word import *; rank = int(os.environ['RANK'])"
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_in_the_middle_has_failed_whatever_its_status(capfd: pytest.CaptureFixture[str]) -> None:
     code = f"{RUNNING}; report_running(rank, True); os._exit(0) if rank == 1 else time.sleep(60)"
     began = time.monotonic()

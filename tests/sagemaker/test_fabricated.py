@@ -83,6 +83,7 @@ def wheel(folder: Path, name: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_recipe_is_brought_with_what_lies_beside_it_and_its_packages(cli: Cli, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()

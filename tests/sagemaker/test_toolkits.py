@@ -100,6 +100,7 @@ def test_our_failure_file_outlives_the_toolkits(tmp_path: Path) -> None:
     assert folders.failure(folders.names[0]).startswith("rank 1 on 127.0.0.1, step 3: RuntimeError: the sky fell")
 
 
+@pytest.mark.slow
 def test_ranks_save_and_stop_when_the_toolkit_is_ended_over_their_heads(tmp_path: Path) -> None:
     """What SageMaker's signal does to the toolkit: it dies at once, and says nothing to the ranks."""
     folders = made(tmp_path, run__length="100000st", checkpoint__every="0st", evaluation__every="0st")
