@@ -17,11 +17,11 @@ from typing import Any
 
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
 from dltrain.runtime.minding import Minded
-from dltrain.runtime.word import Failure, failures_in, running_in, stopped_in
+from dltrain.runtime.word import Failure, failures_in, ready_in, running_in, stopped_in
 
 PEERS = re.compile(
     r"closed by peer|reset by peer|recvBytes|broken pipe|NCCL.*(remote|abort|unhandled)|ncclRemoteError|"
-    r"connectFullMesh|DistNetworkError|no longer available",
+    r"connectFullMesh|DistNetworkError|no longer available|first host is gone",
     re.IGNORECASE,
 )
 """Errors of a rank whose peers are gone."""
@@ -71,7 +71,7 @@ def _silent(words: Path, report: Path, apart: str) -> list[Failure]:
     """Failures of which no rank has told: hosts that did not come, and ranks that ended without a word."""
     found: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else {"ranks": {}, "rendezvous": ""}
     if found["rendezvous"]:
-        message = f"{apart} (rendezvous)"
+        message = "the first host is gone" if ready_in(words) else f"{apart} (rendezvous)"
         return [Failure(0, f"dltrain: {message}: {found['rendezvous']}", 1, message, time=time.time())]
     spoken = {failure.rank for failure in failures_in(words)}
     ranks = {int(rank): int(status) for rank, status in found["ranks"].items()}

@@ -25,6 +25,18 @@ WAIT = "DLTRAIN_HOSTS_TIMEOUT"
 """Variable: seconds that hosts have to come, 600 if it is not set."""
 
 
+PORT_SAID = "DLTRAIN_PORT"
+"""Variable: another port than that, where hosts share one network."""
+
+
+def port() -> int:
+    """Where the first host listens."""
+    said = os.environ.get(PORT_SAID) or str(PORT)
+    if not (said.isdecimal() and 0 < int(said) < 65536):
+        raise UserError(f"{PORT_SAID} is {said!r}; give a port, 1 to 65535")
+    return int(said)
+
+
 def patience() -> float:
     """Seconds that hosts have to come."""
     said = os.environ.get(WAIT) or "600"

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from dltrain.errors import UserError
+from dltrain.runtime.launch import free_port
+from dltrain.runtime.meeting import PORT_SAID
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import REQUIREMENTS, Code
 
@@ -43,6 +45,8 @@ class Fabricated:
     instance_type: str = INSTANCE
     name: str = "local"
     code: Code | None = None
+    port: int = field(default_factory=free_port)
+    """Where its first host listens: hosts of several jobs share this machine's network."""
 
     @property
     def names(self) -> list[str]:
@@ -57,7 +61,8 @@ class Fabricated:
         return self.root / f"algo-{self.names.index(host) + 1}" / "opt" / "ml"
 
     def variables(self, host: str) -> dict[str, str]:
-        return {"SAGEMAKER_BASE_DIR": str(self.base(host)), "TRAINING_JOB_NAME": self.name}
+        said = {"SAGEMAKER_BASE_DIR": str(self.base(host)), "TRAINING_JOB_NAME": self.name}
+        return {**said, PORT_SAID: str(self.port)}
 
     @contextmanager
     def held(self) -> Iterator[None]:

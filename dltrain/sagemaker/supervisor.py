@@ -21,7 +21,7 @@ from types import FrameType
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from dltrain.runtime.environment import cores
 from dltrain.runtime.host import run_host
-from dltrain.runtime.meeting import PORT, agent, patience, wait_for
+from dltrain.runtime.meeting import agent, patience, port, wait_for
 from dltrain.sagemaker.failure import write_reason
 from dltrain.sagemaker.folders import Folders
 from dltrain.sagemaker.network import variables_for
@@ -82,6 +82,6 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def command_of(job: TrainingJob, start: Start, report: Path) -> list[str]:
     """torchrun's own words: all hosts meet at the first one."""
-    head = f"{job.hosts[0]}:{PORT}"
+    head = f"{job.hosts[0]}:{port()}"
     words = agent(report, start.nproc, len(job.hosts), head, job.host, job.name or "dltrain")
     return [*words, str(start.recipe), "train", *start.arguments]

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from dltrain.runtime.ending import Ending, ending_of
+from dltrain.runtime.ending import Ending, ending_of, is_of_peers
 from dltrain.runtime.minding import Minded
 
 
@@ -37,3 +37,13 @@ def test_a_stop_that_was_saved_is_one(tmp_path: Path) -> None:
 def test_a_signal_before_there_was_anything_to_save_is_told_so(tmp_path: Path) -> None:
     found = ending(tmp_path, -15, "SIGTERM")
     assert (found.status, "nothing to save yet" in found.told) == (130, True)
+
+
+def test_hosts_that_met_and_lost_their_first_have_not_failed_to_meet(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"ranks": {}, "rendezvous": "RendezvousConnectionError: lost"}))
+    assert ending(tmp_path, 1).told.startswith("dltrain: the hosts did not come together (rendezvous): Rendezvous")
+    (tmp_path / "ready-1").write_text("12")
+    found = ending(tmp_path, 1)
+    assert found.told.startswith("dltrain: the first host is gone: RendezvousConnectionError: lost")
+    assert found.failure is not None
+    assert is_of_peers(found.failure)
