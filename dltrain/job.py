@@ -51,6 +51,7 @@ from dltrain.sagemaker.debug_hook import apply_debug_hook
 from dltrain.sagemaker.delivery import deliver
 from dltrain.sagemaker.hyperparameters import Hyperparameters
 from dltrain.sagemaker.placing import kept, placed
+from dltrain.sagemaker.profiler import apply_profiler
 from dltrain.sagemaker.training_job import TrainingJob
 from dltrain.task import Task
 from dltrain.trainer import Trainer
@@ -149,7 +150,7 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
         settings = {**given.settings, **overrides}
         settings = settings if job is None else kept(settings, job)
         config = apply_channels(recipe.configure(known.preset, settings, known.config), read_channels())
-        config = apply_debug_hook(config, settings, environment)
+        config = apply_profiler(apply_debug_hook(config, settings, environment), settings, environment)
         for told in given.told:
             say(environment, told)
         config = config if job is None else placed(config, job, settings)
