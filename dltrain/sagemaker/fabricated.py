@@ -7,7 +7,8 @@
         made.collect()
 
 Hosts are addresses of the loopback interface, 127.0.0.1 and on, and each has its own ``/opt/ml``. A folder stands for
-the bucket: checkpoints of all hosts come together there, and what hosts delete is deleted there, as SageMaker does it.
+the bucket: what hosts change among their checkpoints comes there, and what they delete is deleted there, as SageMaker
+does it (:mod:`dltrain.sagemaker.bucket`).
 A host whose code asks for packages gets a Python of its own for them, which has those of this one besides.
 """
 
@@ -28,10 +29,14 @@ from typing import Any
 from dltrain.errors import UserError
 from dltrain.runtime.launch import free_port
 from dltrain.runtime.meeting import PORT_SAID
+from dltrain.sagemaker.bucket import bring, changes, put, recover, stamps
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import REQUIREMENTS, Code
 
 INSTANCE = "ml.m5.xlarge"
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a host, and of the bucket, that SageMaker copies while a job runs."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,8 @@ class Fabricated:
     def lay_down(self) -> None:
         """Fresh folders on each host, with the checkpoints that are in the bucket, or should have come there: SageMaker
         copies them while a job runs, whatever becomes of it."""
-        if not self._collected.exists():
-            self._copy("checkpoints")
-        self._collected.unlink(missing_ok=True)
+        self._bring_checkpoints()
+        self._given.unlink(missing_ok=True)  # before the files: what is missing from now on was not deleted by a host
         for base in self._bases():  # an earlier job may have had more hosts
             shutil.rmtree(base)
         for host in self.names:
@@ -104,36 +108,44 @@ class Fabricated:
                 (base / "input/data" / channel).symlink_to(source.resolve(), target_is_directory=True)
             if self.code is not None:
                 self.code.copy(base / "input/data" / CODE)
-            kept = self.bucket / "checkpoints"
+            kept = self.bucket / CHECKPOINTS
             if kept.is_dir():
-                shutil.copytree(kept, base / "checkpoints", dirs_exist_ok=True)
+                shutil.copytree(kept, base / CHECKPOINTS, dirs_exist_ok=True)
+        self._note()
 
     def collect(self) -> None:
         """What the hosts have in the place of S3: checkpoints, and at the end model and output of all of them."""
-        self._copy("checkpoints")
-        self._copy("model")
-        self._copy("output/data", "output")
-        self._collected.touch()
-
-    @property
-    def _collected(self) -> Path:
-        """Says that everything of the hosts is in the bucket."""
-        return self.root / ".collected"
+        self._bring_checkpoints()
+        for source, target in (("model", "model"), ("output/data", "output")):
+            files, _ = changes({base / source: {} for base in self._bases()})
+            put(files, self.bucket / target)
 
     def _bases(self) -> list[Path]:
         return sorted(self.root.glob("algo-*/opt/ml"))
 
-    def _copy(self, source: str, target: str = "") -> None:
-        """From all hosts in the place of what is there, which stays until the copy is whole."""
-        folders = [folder for base in self._bases() if (folder := base / source).is_dir()]
-        if not folders:
-            return
-        part, whole = self.bucket / f".{target or source}", self.bucket / (target or source)
-        shutil.rmtree(part, ignore_errors=True)
-        for folder in folders:
-            shutil.copytree(folder, part, dirs_exist_ok=True)
-        shutil.rmtree(whole, ignore_errors=True)
-        part.rename(whole)
+    def _bring_checkpoints(self) -> None:
+        for name in ("model", "output", CHECKPOINTS):
+            recover(self.bucket / name)
+        if self._given.is_file():  # else the hosts were not laid down to the end, and have nothing of their own
+            given = json.loads(self._given.read_text())
+            bring({folder: given.get(name, {}) for name, folder in self._kept().items()}, self.bucket / CHECKPOINTS)
+            self._note()
+
+    def _kept(self) -> dict[str, Path]:
+        """Checkpoints of each host by its name."""
+        folders = {base.parents[1].name: base / CHECKPOINTS for base in self._bases()}
+        return {name: folder for name, folder in folders.items() if folder.is_dir()}
+
+    @property
+    def _given(self) -> Path:
+        """Says which checkpoints the hosts have in common with the bucket, for whoever comes next."""
+        return self.root / ".given.json"
+
+    def _note(self) -> None:
+        """That they are what the hosts have now; of all at once, for two may have changed the same file."""
+        part = self._given.with_suffix(".part")
+        part.write_text(json.dumps({name: stamps(folder) for name, folder in self._kept().items()}))
+        part.rename(self._given)
 
     def failure(self, host: str) -> str:
         """What SageMaker would show as the failure reason; empty where nothing failed."""

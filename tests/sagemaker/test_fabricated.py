@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from dltrain.errors import UserError
 from dltrain.sagemaker.fabricated import Fabricated
 from tests.conftest import TINY, Cli
+from tests.sagemaker.test_supervisor import until
 
 SETTINGS = {"recipe": TINY, "preset": "small"}
 
@@ -25,6 +29,18 @@ def saved(made: Fabricated, host: int, name: str) -> None:
 
 def kept(made: Fabricated) -> set[str]:
     return {file.name for file in (made.bucket / "checkpoints").rglob("*") if file.is_file()}
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch, function: str) -> Iterator[None]:
+    """One that this function meets."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(function, full)
+        yield
 
 
 def test_checkpoints_of_a_job_that_was_cut_off_come_to_the_next(tmp_path: Path) -> None:
@@ -51,14 +67,78 @@ def test_a_copy_that_fails_leaves_what_there_was(tmp_path: Path, monkeypatch: py
     saved(made, 0, "a")
     made.collect()
     saved(made, 0, "b")
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("shutil.copytree", full)
-    with pytest.raises(OSError, match="No space"):
+    with full_disk(monkeypatch, "shutil.copy2"), pytest.raises(OSError, match="No space"):
         made.collect()
     assert kept(made) == {"a"}
+    with full_disk(monkeypatch, "pathlib.Path.rename"), pytest.raises(OSError, match="No space"):
+        made.collect()
+    assert kept(made) == {"a"}
+    made.lay_down()
+    assert kept(made) == {"a", "b"}
+
+
+def test_a_death_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path, 1, SETTINGS)
+    made.lay_down()
+    saved(made, 0, "a")
+    made.collect()
+    (made.bucket / "checkpoints").rename(made.bucket / ".checkpoints-before")  # and the new ones have not come
+    made.lay_down()
+    assert kept(made) == {"a"}
+
+
+def test_hosts_that_were_not_laid_down_to_the_end_take_nothing_from_the_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Fabricated(tmp_path, 2, SETTINGS)
+    made.lay_down()
+    saved(made, 0, "a")
+    made.collect()
+    with full_disk(monkeypatch, "shutil.copytree"), pytest.raises(OSError, match="No space"):
+        made.lay_down()
+    assert made.base(made.names[0]).is_dir()
+    made.lay_down()
+    assert kept(made) == {"a"}
+
+
+def text(made: Fabricated, name: str) -> str:
+    return (made.bucket / "checkpoints" / "run-1" / name).read_text()
+
+
+def test_a_host_that_left_a_file_alone_does_not_undo_what_another_made_of_it(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path, 2, SETTINGS)
+    made.lay_down()
+    for name in ("record", "old", "both"):
+        saved(made, 0, name)
+    made.collect()
+    made.lay_down()
+    first, second = (made.base(host) / "checkpoints" / "run-1" for host in made.names)
+    assert {file.name for file in second.iterdir()} == {"record", "old", "both"}
+    (first / "record").write_text("newer")
+    (first / "old").unlink()
+    (second / "both").write_text("of the second")
+    (first / "both").write_text("of the first, later")
+    os.utime(second / "both", (1, 1))
+    known = (tmp_path / ".given.json").read_text()
+    for _ in range(2):
+        Fabricated(tmp_path, 2, SETTINGS).collect()
+        assert kept(made) == {"record", "both"}
+        assert (text(made, "record"), text(made, "both")) == ("newer", "of the first, later")
+        (tmp_path / ".given.json").write_text(known)  # as by one that was cut off before it had noted that
+
+
+def test_of_model_and_output_too_the_newer_of_two_files_stays(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path, 2, SETTINGS)
+    made.lay_down()
+    for host, seconds in zip(made.names, (20, 10), strict=True):
+        file = made.base(host) / "model" / "model.json"
+        file.write_text(host)
+        os.utime(file, (seconds, seconds))
+    made.collect()
+    assert (made.bucket / "model" / "model.json").read_text() == made.names[0]
+    made.lay_down()
+    made.collect()
+    assert not list((made.bucket / "model").iterdir())  # of this job alone
 
 
 def test_two_jobs_do_not_share_a_place(tmp_path: Path) -> None:
@@ -115,3 +195,40 @@ def test_data_that_a_container_would_not_find_are_refused(cli: Cli, tmp_path: Pa
     assert (refused.status, refused.out) == (2, "")
     assert "shards lies on this machine, where a real container does not see it: give data as a channel" in refused.err
     assert not (tmp_path / "sagemaker-local").exists()
+
+
+@contextmanager
+def launched(folder: Path, *words: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """``dltrain launch local --as-sagemaker`` there; its hosts end with it."""
+    command = [sys.executable, "-m", "dltrain", "launch", "local", "--as-sagemaker", *words]
+    environment = {**os.environ, **variables}
+    with subprocess.Popen(
+        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def metrics(folder: Path, place: str) -> int:
+    """Lines of the run's, so far: in the place of S3, or on a host."""
+    files = list((folder / "sagemaker-local").glob(f"{place}/checkpoints/*/metrics.jsonl"))
+    return files[0].read_text().count("\n") if files else 0
+
+
+@pytest.mark.slow
+def test_what_the_bucket_says_of_a_resumed_run_is_how_it_ended(cli: Cli, tmp_path: Path) -> None:
+    words = ("--hosts", "2", TINY, "--preset", "small", "--evaluation.every", "0st")
+    with launched(tmp_path, *words, TINY_PAUSE="0.5") as job:
+        until(lambda: metrics(tmp_path, "algo-1/opt/ml") > 4)
+        job.terminate()
+        printed = job.communicate(timeout=60)[0]
+        assert job.returncode == 75, printed
+    assert 4 < metrics(tmp_path, "s3") < 16
+    done = cli("launch", "local", "--as-sagemaker", *words)
+    assert done.status == 0, done.err
+    assert "resumed at step" in done.out
+    (record,) = (tmp_path / "sagemaker-local" / "s3" / "checkpoints").glob("*/run.json")
+    assert json.loads(record.read_text())["status"] == "finished"
+    assert metrics(tmp_path, "s3") == 16
