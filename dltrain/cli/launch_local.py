@@ -8,13 +8,13 @@ does that was interrupted.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -25,10 +25,11 @@ from dltrain.config import split_arguments
 from dltrain.errors import EXIT_STOPPED, UserError
 from dltrain.recipes import declarations
 from dltrain.runtime.environment import cores
-from dltrain.runtime.parent import stop_with_parent
+from dltrain.runtime.logs import outlive_readers
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import is_users, read_code
 from dltrain.sagemaker.fabricated import INSTANCE, Fabricated
+from dltrain.sagemaker.holding import held
 from dltrain.sagemaker.request import local_urls
 
 
@@ -59,12 +60,13 @@ def run(arguments: Sequence[str]) -> int:
     for url in local_urls(config):
         _tell_of_local(url)
     made = _fabricated(known, overrides)
-    with made.held():
+    outlive_readers()  # as | head has it: hosts end well all the same
+    with held(made.root) as lock:
         made.lay_down()
         print(f"{known.hosts} host(s) in {known.base}", file=sys.stderr, flush=True)
-        statuses = _run_hosts(made, cores() // known.hosts)
+        statuses = _run_hosts(made, cores() // known.hosts, lock)
         made.collect()
-    return _told(made, statuses)
+    return told(made, statuses)
 
 
 def _tell_of_local(url: str) -> None:
@@ -96,11 +98,10 @@ def _channels(words: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _run_hosts(made: Fabricated, threads: int) -> dict[str, int]:
+def _run_hosts(made: Fabricated, threads: int, lock: int) -> dict[str, int]:
     """Start the entry point of each host, and hand on signals to all, as a stop of the job would; statuses by host."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("SM_")}
-    variables |= {"OMP_NUM_THREADS": str(max(1, threads // int(made.hyperparameters["nproc"])))}
-    processes = {host: _start(made, host, variables) for host in made.names}
+    variables = {"OMP_NUM_THREADS": str(max(1, threads // int(made.hyperparameters["nproc"])))}
+    processes = {host: made.start(host, variables, lock) for host in made.names}
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         for process in processes.values():
@@ -108,7 +109,7 @@ def _run_hosts(made: Fabricated, threads: int) -> dict[str, int]:
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        readers = [_prefixed(made, host, process) for host, process in processes.items()]
+        readers = [prefixed(f"algo-{made.names.index(host) + 1}", process) for host, process in processes.items()]
         statuses = {host: process.wait() for host, process in processes.items()}
         for reader in readers:
             reader.join()
@@ -118,27 +119,13 @@ def _run_hosts(made: Fabricated, threads: int) -> dict[str, int]:
     return statuses
 
 
-def _start(made: Fabricated, host: str, variables: Mapping[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [made.interpreter(host), "-m", "dltrain.sagemaker"],
-        env={**variables, **made.variables(host)},
-        cwd=made.base(host),
-        preexec_fn=stop_with_parent,  # noqa: PLW1509 - no thread has been started yet
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        process_group=0,
-    )
-
-
-def _prefixed(made: Fabricated, host: str, process: subprocess.Popen[str]) -> threading.Thread:
+def prefixed(name: str, process: subprocess.Popen[str]) -> threading.Thread:
     """What a host prints, line by line with its name, as a log of SageMaker's has it."""
-    name = f"algo-{made.names.index(host) + 1}"
 
     def copy(stream: IO[str]) -> None:
         for line in stream:
-            print(f"[{name}] {line}", end="", flush=True)
+            with suppress(OSError):  # of a full disk, say: a host whose output nobody takes away stands still
+                print(f"[{name}] {line}", end="", flush=True)
 
     if process.stdout is None:
         raise AssertionError("it was started with a pipe")
@@ -147,13 +134,20 @@ def _prefixed(made: Fabricated, host: str, process: subprocess.Popen[str]) -> th
     return reader
 
 
-def _told(made: Fabricated, statuses: Mapping[str, int]) -> int:
+def told(made: Fabricated, statuses: Mapping[str, int]) -> int:
+    """Say how each host has ended; the exit status of all together, a failure before a stop."""
     for place, (host, status) in enumerate(statuses.items()):
-        reason = made.failure(host)
-        how = "ended well" if status == 0 else f"ended with status {status}: {reason}"
-        print(f"algo-{place + 1} {how}", file=sys.stderr)
-    failed = [status for status in statuses.values() if status not in (0, EXIT_STOPPED)]
+        print(f"algo-{place + 1} {_how(status, made.failure(host))}", file=sys.stderr)
+    failed = [abs(status) + 128 * (status < 0) for status in statuses.values() if status not in (0, EXIT_STOPPED)]
     if not failed and max(statuses.values()) == 0:
         model = made.bucket / "model"
         print(f"model: {model}; output: {made.bucket / 'output'}; checkpoints: {made.bucket / 'checkpoints'}")
     return failed[0] if failed else max(statuses.values())
+
+
+def _how(status: int, reason: str) -> str:
+    if status == 0:
+        return "ended well"
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name} and could not say why"
+    return f"ended with status {status}: {reason or 'it left no reason, the lines above may have it'}"

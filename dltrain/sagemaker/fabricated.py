@@ -1,9 +1,9 @@
 """A training job's hosts on this machine: the folders that SageMaker lays down, and its copies to and from S3.
 
     made = Fabricated(Path("sagemaker-local"), hosts=2, hyperparameters={"recipe": "image/classify"})
-    with made.held():
+    with held(made.root) as lock:
         made.lay_down()  # brings back what an earlier job has left in the place of S3
-        subprocess.run([made.interpreter(host), "-m", "dltrain.sagemaker"], env=made.variables(host))
+        made.start(made.names[0], {"OMP_NUM_THREADS": "1"}, lock).wait()
         made.collect()
 
 Hosts are addresses of the loopback interface, 127.0.0.1 and on, and each has its own ``/opt/ml``. A folder stands for
@@ -14,24 +14,25 @@ A host whose code asks for packages gets a Python of its own for them, which has
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import shutil
 import site
+import subprocess
 import sys
 import venv
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dltrain.errors import UserError
 from dltrain.runtime.launch import free_port
 from dltrain.runtime.meeting import PORT_SAID
+from dltrain.runtime.parent import stop_with_parent
 from dltrain.sagemaker.bucket import bring, changes, put, recover, stamps
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import REQUIREMENTS, Code
+from dltrain.sagemaker.holding import BASE_SAID
 
 INSTANCE = "ml.m5.xlarge"
 
@@ -66,19 +67,8 @@ class Fabricated:
         return self.root / f"algo-{self.names.index(host) + 1}" / "opt" / "ml"
 
     def variables(self, host: str) -> dict[str, str]:
-        said = {"SAGEMAKER_BASE_DIR": str(self.base(host)), "TRAINING_JOB_NAME": self.name}
+        said = {BASE_SAID: str(self.base(host)), "TRAINING_JOB_NAME": self.name}
         return {**said, PORT_SAID: str(self.port)}
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep others out of the folder. Raises :class:`UserError` where another process uses it."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another job runs in {self.root}; wait for it, or give another --base") from None
-            yield
 
     def interpreter(self, host: str) -> str:
         """Python of a host: this one, or one of its own where the code has requirements."""
@@ -90,6 +80,23 @@ class Fabricated:
         here = [f"import site; site.addsitedir({each!r})" for each in site.getsitepackages()]
         (packages / "here.pth").write_text("\n".join(here) + "\n")
         return str(folder / "bin" / "python")
+
+    def start(self, host: str, variables: Mapping[str, str], lock: int | None = None) -> subprocess.Popen[str]:
+        """Its entry point, which is told to stop when this process ends. ``variables`` come to those of this process
+        that a real container may have; ``lock`` is a descriptor that it keeps open. Its output comes by a pipe."""
+        here = {name: value for name, value in os.environ.items() if not name.startswith("SM_")}
+        return subprocess.Popen(
+            [self.interpreter(host), "-m", "dltrain.sagemaker"],
+            env={**here, **variables, **self.variables(host)},
+            cwd=self.base(host),
+            preexec_fn=stop_with_parent,  # noqa: PLW1509 - no thread of ours holds what it needs
+            pass_fds=() if lock is None else (lock,),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            process_group=0,
+        )
 
     def lay_down(self) -> None:
         """Fresh folders on each host, with the checkpoints that are in the bucket, or should have come there: SageMaker

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from dltrain.cli import launch_local
 from dltrain.errors import UserError
+from dltrain.sagemaker import holding
 from dltrain.sagemaker.fabricated import Fabricated
+from dltrain.sagemaker.holding import held
 from tests.conftest import TINY, Cli
 from tests.sagemaker.test_supervisor import until
 
@@ -142,11 +149,61 @@ def test_of_model_and_output_too_the_newer_of_two_files_stays(tmp_path: Path) ->
 
 
 def test_two_jobs_do_not_share_a_place(tmp_path: Path) -> None:
-    made = Fabricated(tmp_path, 1, SETTINGS)
-    with made.held(), pytest.raises(UserError, match="another job runs in"), Fabricated(tmp_path, 1, SETTINGS).held():
+    with held(tmp_path), pytest.raises(UserError, match="another job runs in"), held(tmp_path):
         pass
-    with made.held():
+    with held(tmp_path):
         assert (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("by", ["lock", "variable"])
+def test_a_place_is_taken_until_the_last_process_of_its_hosts_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], by: str
+) -> None:
+    made = Fabricated(tmp_path, 1, SETTINGS)
+    with held(tmp_path) as lock:
+        kept = {"pass_fds": (lock,)} if by == "lock" else {"env": {**os.environ, **made.variables(made.names[0])}}
+        host: subprocess.Popen[bytes] = subprocess.Popen(["sleep", "60"], **kept)  # type: ignore[call-overload]
+    try:
+        monkeypatch.setattr(holding, "PATIENCE", 0.1)
+        with pytest.raises(UserError, match="another job runs in"), held(tmp_path):
+            pass
+        monkeypatch.setattr(holding, "PATIENCE", 30)
+        threading.Timer(0.5, host.kill).start()
+        threading.Thread(target=host.wait).start()
+        capfd.readouterr()
+        with held(tmp_path):
+            assert host.wait() == -signal.SIGKILL
+    finally:
+        host.kill()
+    assert capfd.readouterr().err.count("are still ending; waiting for them") == 1
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError])
+def test_a_host_does_not_stand_still_where_its_lines_cannot_be_printed(
+    monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    lines = [sys.executable, "-c", "print('a line of a host\\n' * 100_000)"]
+    host = subprocess.Popen(lines, stdout=subprocess.PIPE, text=True)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    launch_local.prefixed("algo-1", host).join(30)
+    try:
+        assert host.wait(10) == 0
+    finally:
+        host.kill()
+
+
+def test_a_host_that_was_killed_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Fabricated(tmp_path, 2, SETTINGS)
+    made.lay_down()
+    assert launch_local.told(made, {made.names[0]: -signal.SIGKILL, made.names[1]: 1}) == 128 + 9
+    said = capsys.readouterr()
+    assert "algo-1 was ended by SIGKILL" in said.err
+    assert "algo-2 ended with status 1: it left no reason" in said.err
+    assert not said.out
 
 
 def wheel(folder: Path, name: str) -> Path:
@@ -232,3 +289,28 @@ def test_what_the_bucket_says_of_a_resumed_run_is_how_it_ended(cli: Cli, tmp_pat
     (record,) = (tmp_path / "sagemaker-local" / "s3" / "checkpoints").glob("*/run.json")
     assert json.loads(record.read_text())["status"] == "finished"
     assert metrics(tmp_path, "s3") == 16
+
+
+@pytest.mark.slow
+def test_after_a_launcher_that_was_killed_the_next_loses_nothing(cli: Cli, tmp_path: Path) -> None:
+    words = ("--hosts", "2", TINY, "--preset", "small", "--checkpoint.every", "0st", "--evaluation.every", "0st")
+    with launched(tmp_path, *words, TINY_PAUSE="1") as job:
+        until(lambda: metrics(tmp_path, "algo-1/opt/ml") > 4)
+        seen = metrics(tmp_path, "algo-1/opt/ml")
+        job.kill()
+    done = cli("launch", "local", "--as-sagemaker", *words)
+    assert done.status == 0, done.err
+    assert "are still ending; waiting for them" in done.err
+    (step,) = re.findall(r"resumed at step (\d+)", done.out)
+    assert int(step) >= seen
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_takes_nothing_with_it(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m dltrain launch local --as-sagemaker {TINY} --preset small --run.length 4st"
+    shell = ["bash", "-c", f"{command} 2> told | head -1; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    told = (tmp_path / "told").read_text()
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), told
+    assert "algo-1 ended well" in told
+    assert "BrokenPipe" not in told
