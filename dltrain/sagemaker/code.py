@@ -29,9 +29,10 @@ MOST_BYTES, MOST_FILES = 200_000_000, 5_000
 
 @dataclass(frozen=True)
 class Code:
-    """Files by their paths in ``folder``; ``size`` is their bytes."""
+    """Files by their paths in ``folder``, the ``recipe`` among them; ``size`` is their bytes."""
 
     folder: Path
+    recipe: str
     files: tuple[str, ...]
     size: int
 
@@ -57,29 +58,73 @@ def is_users(recipe: str) -> bool:
     return recipe.endswith(".py")
 
 
+def place_in(source: str, recipe: str) -> str:
+    """The recipe's path in ``source``, or beside itself where that is empty: by it a container finds it.
+
+    Raises :class:`UserError` where it lies elsewhere.
+    """
+    folder, file = _folder(source, recipe), Path(recipe)
+    for whole in (Path(os.path.abspath(file)), file.parent.resolve() / file.name):  # a link in source is part of it
+        for above in (Path(os.path.abspath(folder)), folder.resolve()):
+            if whole.is_relative_to(above):
+                return whole.relative_to(above).as_posix()
+    raise UserError(f"the code of the job is {str(folder)!r}, and {recipe} is not in it; give --source")
+
+
 def read_code(recipe: str, source: str = "", ignore: Sequence[str] = ()) -> Code:
     """What is in ``source``, or beside the recipe where that is empty. ``ignore`` are patterns of names and paths.
 
-    Raises :class:`UserError` where the recipe is not among it, or it is too much to be code.
+    Raises :class:`UserError` where the recipe is not among it, or it is too much to be code, or cannot be brought.
     """
-    folder = Path(source) if source else Path(recipe).parent
+    folder, place = _folder(source, recipe), place_in(source, recipe)
     files: list[str] = []
     sizes: Counter[str] = Counter()
-    for file in _walk(folder, (*LEFT_OUT, *ignore)):
+    for file in _walk(folder, Path(), (*LEFT_OUT, *ignore), (folder.resolve(),)):
         files.append(file.as_posix())
         sizes[file.parts[0]] += (folder / file).stat().st_size
         if len(files) > MOST_FILES or sizes.total() > MOST_BYTES:
             raise UserError(_too_much(folder, len(files), sizes))
-    if Path(recipe).name not in files:
-        raise UserError(f"the code of the job is {str(folder)!r}, and {Path(recipe).name} is not in it; give --source")
-    return Code(folder, tuple(sorted(files)), sizes.total())
+    if place not in files:
+        raise UserError(f"the code of the job is {str(folder)!r}, and {place} is not in it: a pattern leaves it out")
+    return Code(folder, place, tuple(sorted(files)), sizes.total())
 
 
-def _walk(folder: Path, left_out: Sequence[str]) -> Iterator[Path]:
-    for at, folders, files in os.walk(folder):
-        inside = Path(at).relative_to(folder)
-        folders[:] = [name for name in sorted(folders) if not _is_any(inside / name, left_out)]
-        yield from (inside / name for name in files if not _is_any(inside / name, left_out))
+def _folder(source: str, recipe: str) -> Path:
+    return Path(source) if source else Path(recipe).parent
+
+
+def _walk(root: Path, inside: Path, left_out: Sequence[str], above: Sequence[Path]) -> Iterator[Path]:
+    """Files below ``root / inside``, through links as well; ``above`` are the folders on the way, without links."""
+    here = root / inside
+    skipped = (*left_out, *_FABRICATED) if is_fabricated(here) else left_out
+    for name in _names(here):
+        path, entry = inside / name, here / name
+        if _is_any(path, skipped):
+            continue
+        if entry.is_dir():
+            if entry.is_symlink() and any(each.is_relative_to(entry.resolve()) for each in above):
+                raise UserError(f"{entry} is a link to a folder that it lies in; leave it out by --ignore {path}")
+            yield from _walk(root, path, left_out, (*above, entry.resolve()))
+        elif entry.is_file():
+            yield path
+        else:
+            what = f"a link to {entry.readlink()}, which there is not" if entry.is_symlink() else "no plain file"
+            raise UserError(f"{entry} is {what}; mend it, or leave it out by --ignore {path}")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}; mend it, or leave it out by --ignore") from None
+
+
+_FABRICATED = ("algo-*", "s3")
+
+
+def is_fabricated(folder: Path) -> bool:
+    """Whether hosts of jobs were fabricated there: their folders come and go, and are no code."""
+    return (folder / ".lock").is_file() and (folder / "algo-1" / "opt").is_dir()
 
 
 def _is_any(path: Path, patterns: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from dltrain.config import Config, Run
 from dltrain.errors import UserError
 from dltrain.hooks.printed import definitions
 from dltrain.sagemaker.channels import CODE, FAST_FILE, FILE, PIPE, TRAIN
-from dltrain.sagemaker.code import is_users
+from dltrain.sagemaker.code import is_users, place_in
 from dltrain.sagemaker.folders import BASE
 from dltrain.sagemaker.limits import check
 from dltrain.sagemaker.network import variables_for
@@ -109,7 +109,8 @@ def address_of(name: str, options: JobOptions) -> str:
 
 def hyperparameters(recipe: str, preset: str, settings: Mapping[str, Any], options: JobOptions) -> dict[str, str]:
     """Text by name: values as JSON, dots as ``__``, which every launcher can make a variable of."""
-    words = {"recipe": Path(recipe).name if is_users(recipe) else recipe, "preset": preset, "nproc": options.nproc}
+    there = place_in(options.source, recipe) if is_users(recipe) else recipe
+    words = {"recipe": there, "preset": preset, "nproc": options.nproc}
     given: dict[str, Any] = {name: value for name, value in words.items() if value}
     given |= {name.replace(".", "__"): value for name, value in settings.items()}
     given.setdefault("run__deadline", f"{max(options.max_hours - _EARLY, options.max_hours / 2):g}h")

@@ -41,12 +41,12 @@ _IGNORED = [".*", "__pycache__*"]
 
 @dataclass(frozen=True)
 class SdkJob:
-    """``request`` is boto3's; ``file`` is the recipe's, ``folder`` what goes to the container with it, None where the
-    image has it."""
+    """``request`` is boto3's; ``folder`` is what goes to the container, None where the image has the recipe, and
+    ``script`` the recipe's path there."""
 
     request: Mapping[str, Any]
     entry: str
-    file: Path
+    script: str
     folder: Path | None
     bucket: str
     nproc: int = 0
@@ -74,12 +74,12 @@ def described(recipe: str, preset: str, settings: Mapping[str, Any], options: Jo
     if options.nproc:
         degrees_of(config.parallel, Environment(0, options.nproc * options.count, 0, options.nproc))
     request = build(recipe, preset, settings, config, options)
-    file, folder = find(recipe), None
+    file = find(recipe)
+    script, folder = file.name, file.parent if entry == SCRIPT else None
     if is_users(recipe):
-        folder = read_code(recipe, options.source, options.ignore).folder
-    elif entry == SCRIPT:
-        folder = file.parent
-    return SdkJob(request, entry, file, folder, options.bucket, options.nproc)
+        code = read_code(recipe, options.source, options.ignore)
+        script, folder = code.recipe, code.folder
+    return SdkJob(request, entry, script, folder, options.bucket, options.nproc)
 
 
 def estimator_arguments(job: SdkJob) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _estimators_entry(job: SdkJob) -> dict[str, Any]:
     _refuse_full("hyperparameters", len(given), _OF_THE_TOOLKIT, 100)
     _refuse_full("channels", len(job.channels()), int(job.request["EnableNetworkIsolation"]), 20)  # one of the archive
     return {
-        "entry_point": job.file.name,
+        "entry_point": job.script,
         "source_dir": str(job.folder),
         "distribution": {"torch_distributed": {"enabled": True}},
         "hyperparameters": given,
@@ -203,7 +203,7 @@ def _source_code(job: SdkJob) -> dict[str, Any]:
     if job.entry == CONTAINER or job.folder is None:
         return {**source, "command": COMMAND}
     asked = {"requirements": REQUIREMENTS} if (job.folder / REQUIREMENTS).is_file() else {}
-    return {**source, "entry_script": job.file.name, **asked}
+    return {**source, "entry_script": job.script, **asked}
 
 
 def _refuse_full(what: str, ours: int, added: int, most: int) -> None:

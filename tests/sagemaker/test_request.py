@@ -104,6 +104,14 @@ def test_every_option_has_its_place() -> None:
     assert "TensorBoardOutputConfig" not in request
 
 
+def test_a_recipe_of_the_users_is_named_by_its_place_in_the_source() -> None:
+    folder = Path(TINY).parent
+    for source, place in (("", "tiny.py"), (str(folder), "tiny.py"), (str(folder.parent), "recipes/tiny.py")):
+        assert made(recipe=TINY, source=source)["HyperParameters"]["recipe"] == json.dumps(place)
+    with pytest.raises(UserError, match=r"tiny\.py is not in it; give --source"):
+        made(recipe=TINY, source=str(folder.parent / "sagemaker"))
+
+
 MANY = {f"model.a{number}": 1 for number in range(100)}
 
 

@@ -88,6 +88,15 @@ def test_a_script_is_started_by_the_toolkit_with_values_that_are_no_text_yet() -
     assert "container_entry_point" not in given
 
 
+def test_a_recipe_below_the_top_of_the_source_is_named_by_its_place_there() -> None:
+    source = str(Path(TINY).parent.parent)
+    job = made(TINY, "script", source=source)
+    given = estimator_arguments(job)
+    assert (given["entry_point"], given["source_dir"]) == ("recipes/tiny.py", source)
+    assert model_trainer_arguments(job)["source_code"]["entry_script"] == "recipes/tiny.py"
+    assert made(TINY, source=source).hyperparameters()["recipe"] == '"recipes/tiny.py"'
+
+
 def test_code_comes_by_our_channel_where_our_entry_point_needs_it() -> None:
     assert estimator_inputs(made(TINY))["code"]["s3_data"] == "s3://data/training/mine/code"
     assert "code" not in estimator_inputs(made(TINY, "script"))
