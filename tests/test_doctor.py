@@ -20,6 +20,7 @@ from dltrain.errors import UserError
 from dltrain.sagemaker.options import JobOptions
 from dltrain.testing.s3 import S3Server
 from tests.conftest import TINY, Cli
+from tests.sagemaker.test_fabricated import wheel
 
 JOB = {
     "instance_type": "ml.p5.48xlarge",
@@ -145,3 +146,21 @@ def test_a_trial_that_fails_says_why(cli: Cli, tmp_path: Path) -> None:
     assert done.status == 1
     assert done.out.count("BAD ") == 2
     assert "the sky fell" in done.out
+
+
+@pytest.mark.slow
+def test_a_trial_has_the_code_that_the_job_would_have_and_nothing_of_the_job_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = wheel(tmp_path, "only_there")
+    recipe = tmp_path / "source" / "recipes" / "mine.py"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("import only_there\n" + Path(TINY).read_text())
+    (tmp_path / "source" / "requirements.txt").write_text(f"--no-index\n{package}\n")
+    (tmp_path / "source" / "data.bin").touch()
+    monkeypatch.setenv("SM_HPS", '{"preset": "none"}')
+    options = JobOptions(**JOB, source=str(tmp_path / "source"), ignore=("*.bin",))
+    (found,) = job.trial(str(recipe), "small", {}, options)
+    assert found.state == "good", found.said
+    (refused,) = all_of([("trial", lambda: job.trial(str(recipe), "small", {}, JobOptions(**JOB, source="docs")))])
+    assert (refused.state, "is not in it; give --source" in refused.said) == ("bad", True)

@@ -3,10 +3,8 @@ fabricated container here."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ from dltrain.config import Config
 from dltrain.doctor.checked import Checked
 from dltrain.doctor.machine import LEAST_TORCH
 from dltrain.hooks.printed import COLUMNS, step_line
-from dltrain.recipes import recipe_name
+from dltrain.sagemaker.code import is_users, read_code
 from dltrain.sagemaker.fabricated import Fabricated
 from dltrain.sagemaker.options import JobOptions
 from dltrain.sagemaker.request import build
@@ -55,22 +53,32 @@ def image(options: JobOptions) -> Iterator[Checked]:
 
 
 def trial(recipe: str, preset: str, settings: Mapping[str, Any], options: JobOptions) -> Iterator[Checked]:
-    """Two steps in the folders and by the entry point of a container, on the CPU."""
-    given = {"recipe": recipe_name(recipe), "preset": preset, "nproc": 1}
-    given |= {name.replace(".", "__"): value for name, value in settings.items()} | STEPS
+    """Two steps in the folders and by the entry point of a container, with the code that the job would have, on the
+    CPU."""
     if options.channels:
         yield Checked("trial", "doubtful", "left out: its data come by channels, which are not here; try it with "
                       "dltrain launch local --as-sagemaker --channel NAME=FOLDER")  # fmt: skip
         return
+    code = read_code(recipe, options.source, options.ignore) if is_users(recipe) else None
+    given = {"recipe": recipe if code is None else code.recipe, "preset": preset, "nproc": 1}
+    given |= {name.replace(".", "__"): value for name, value in settings.items()} | STEPS
     with tempfile.TemporaryDirectory(prefix="dltrain-doctor-") as folder:
-        made = Fabricated(Path(folder), 1, given)
+        made = Fabricated(Path(folder), 1, given, code=code)
         made.lay_down()
         (host,) = made.names
-        environment = {**os.environ, **options.environment, **made.variables(host)}
-        command = [sys.executable, "-m", "dltrain.sagemaker"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        status = _status(made.start(host, options.environment))
         reason = made.failure(host)
-    if done.returncode:
-        yield Checked("trial", "bad", f"two steps in a fabricated container ended with {done.returncode}: {reason}")
+    if status:
+        yield Checked("trial", "bad", f"two steps in a fabricated container ended with {status}: {reason}")
     else:
         yield Checked("trial", "good", "two steps in a fabricated container ended well")
+
+
+def _status(host: subprocess.Popen[str]) -> int:
+    """How it has ended; before its folders go, whatever happens here."""
+    with host:
+        try:
+            host.communicate()
+        finally:
+            host.terminate()
+    return host.returncode
