@@ -8,6 +8,7 @@ does that was interrupted.
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,11 @@ from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import is_users, read_code
 from dltrain.sagemaker.fabricated import INSTANCE, Fabricated
 from dltrain.sagemaker.holding import held
+from dltrain.sagemaker.limits import check_value
 from dltrain.sagemaker.request import local_urls
+
+BASE = "sagemaker-local"
+"""Folder of the hosts, where none is named."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,15 +47,15 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--hosts", type=int, default=1)
     parser.add_argument("--nproc", type=int, default=1)
     parser.add_argument("--preset", default="")
-    parser.add_argument("--base", type=Path, default=Path("sagemaker-local"))
+    parser.add_argument("--base", default="", help=f"folder of the hosts and of what they leave; {BASE}")
     parser.add_argument("--channel", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--instance-type", default=INSTANCE)
+    parser.add_argument("--instance-type", default="", help=f"by which hosts are told what they are; {INSTANCE}")
     parser.add_argument("--source", default="", help="folder with your recipe; its own if this is left out")
     parser.add_argument("--ignore", action="append", default=[], help="pattern of files there that are not brought")
     known = parser.parse_args(words)
     if not known.as_sagemaker:
-        if known.hosts > 1 or known.channel or known.source or known.ignore:
-            raise UserError("--hosts, --channel, --source and --ignore are of containers; add --as-sagemaker")
+        if given := [option for option, value in _of_containers(known).items() if value]:
+            raise UserError(f"{' and '.join(given)}: options of containers; add --as-sagemaker, or leave them out")
         options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--nproc={known.nproc}"]
         return train.run([known.recipe, *options, *(f"--{key}={value}" for key, value in overrides.items())])
     if known.hosts < 1 or known.nproc < 1:
@@ -63,10 +68,16 @@ def run(arguments: Sequence[str]) -> int:
     outlive_readers()  # as | head has it: hosts end well all the same
     with held(made.root) as lock:
         made.lay_down()
-        print(f"{known.hosts} host(s) in {known.base}", file=sys.stderr, flush=True)
+        print(f"{known.hosts} host(s) in {known.base or BASE}", file=sys.stderr, flush=True)
         statuses = _run_hosts(made, cores() // known.hosts, lock)
         made.collect()
     return told(made, statuses)
+
+
+def _of_containers(known: Namespace) -> dict[str, bool]:
+    """Whether options were given that mean nothing without hosts."""
+    names = ("base", "channel", "instance_type", "source", "ignore")
+    return {"--hosts": known.hosts != 1} | {f"--{name.replace('_', '-')}": bool(getattr(known, name)) for name in names}
 
 
 def _tell_of_local(url: str) -> None:
@@ -78,12 +89,22 @@ def _tell_of_local(url: str) -> None:
 
 
 def _fabricated(known: Namespace, overrides: Mapping[str, str]) -> Fabricated:
+    base = Path(known.base or BASE).resolve()
     code = read_code(known.recipe, known.source, known.ignore) if is_users(known.recipe) else None
-    recipe = known.recipe if code is None else Path(known.recipe).name
-    given = {"recipe": recipe, "preset": known.preset, "nproc": known.nproc}
+    if code is not None and any(each.parent == base for each in _upwards(code.folder) if each.name.startswith("algo-")):
+        raise UserError(f"{code.folder} lies on a host in {base}, which is made anew for each job; copy your code out")
+    given = {"recipe": known.recipe if code is None else code.recipe, "preset": known.preset, "nproc": known.nproc}
     given |= {name.replace(".", "__"): value for name, value in overrides.items()}
     channels = _channels(known.channel)
-    return Fabricated(known.base.resolve(), known.hosts, given, channels, known.instance_type, code=code)
+    if known.instance_type:
+        check_value("ResourceConfig.InstanceType", known.instance_type, "--instance-type")
+    return Fabricated(base, known.hosts, given, channels, known.instance_type or INSTANCE, code=code)
+
+
+def _upwards(folder: Path) -> list[Path]:
+    """A folder and those that it lies in."""
+    whole = folder.resolve()
+    return [whole, *whole.parents]
 
 
 def _channels(words: Sequence[str]) -> dict[str, Path]:
@@ -94,8 +115,14 @@ def _channels(words: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--channel is {word!r}; give NAME=FOLDER, a folder that there is")
         if name == CODE:
             raise UserError(f"a channel must not be named {CODE!r}: your code comes by it")
+        if not _CHANNEL.fullmatch(name):
+            raise UserError(f"a channel is named {name!r}; give 1 to 64 letters, digits, dots, dashes and underscores")
         found[name] = Path(folder)
     return found
+
+
+_CHANNEL = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.\-_]{1,64}")
+"""As SageMaker names them; not the two names that are folders already."""
 
 
 def _run_hosts(made: Fabricated, threads: int, lock: int) -> dict[str, int]:

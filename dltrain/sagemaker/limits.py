@@ -21,6 +21,15 @@ def check(request: Mapping[str, Any], operation: str = "CreateTrainingJob") -> N
         raise UserError(f"SageMaker would refuse this job: {complaint}")
 
 
+def check_value(place: str, value: Any, named: str, operation: str = "CreateTrainingJob") -> None:
+    """The same of one value at a place in the request ("ResourceConfig.InstanceType"), by what the user calls it."""
+    shape = _shape(operation)
+    for name in place.split("."):
+        shape = shape.members[name]
+    for complaint in complaints(shape, value, named):
+        raise UserError(f"SageMaker would refuse this job: {complaint}")
+
+
 @cache
 def _shape(operation: str) -> Any:
     import botocore.session  # slow to import

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,58 @@ def test_data_that_a_container_would_not_find_are_refused(cli: Cli, tmp_path: Pa
     assert (refused.status, refused.out) == (2, "")
     assert "shards lies on this machine, where a real container does not see it: give data as a channel" in refused.err
     assert not (tmp_path / "sagemaker-local").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--channel", "tr/ain=."), "a channel is named 'tr/ain'; give 1 to 64 letters, digits, dots, dashes"),
+        (("--channel", "../x=."), "a channel is named '../x'"),
+        (("--channel", "..=."), "a channel is named '..'"),
+        (("--channel", "=."), "a channel is named ''"),
+        (("--channel", "a" * 65 + "=."), "give 1 to 64 letters"),
+        (("--instance-type", "ml.p5.48xlarg"), "--instance-type is 'ml.p5.48xlarg'; did you mean 'ml.p5.48xlarge'?"),
+        (("--instance-type", "ml.foo"), "--instance-type is 'ml.foo'; there are: "),
+    ],
+)
+def test_what_sagemaker_would_refuse_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        launch_local.run(["--as-sagemaker", TINY, "--preset", "small", *words])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--base", "there"), ("--instance-type", "ml.m5.xlarge"), ("--hosts", "2"), ("--hosts", "0"), ("--source", ".")],
+    ids=" ".join,
+)
+def test_options_of_containers_are_refused_without_them(option: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match=f"{option[0]}: options of containers; add --as-sagemaker"):
+        launch_local.run([TINY, "--preset", "small", *option])
+
+
+def test_code_that_lies_on_a_host_is_not_deleted_with_it(tmp_path: Path) -> None:
+    code = tmp_path / "algo-1" / "opt" / "ml" / "input" / "data" / "code"
+    code.mkdir(parents=True)
+    recipe = shutil.copy(TINY, code)
+    with pytest.raises(UserError, match="which is made anew for each job; copy your code out"):
+        launch_local.run(["--as-sagemaker", recipe, "--preset", "small", "--base", str(tmp_path)])
+    assert Path(recipe).is_file()
+
+
+@pytest.mark.slow
+def test_a_place_beside_the_recipe_is_no_code_the_second_time(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(TINY, tmp_path / "recipes" / "mine.py")
+    words = ("launch", "local", "--as-sagemaker", "recipes/mine.py", "--source", ".", "--base", "trial")
+    for length in ("4st", "6st"):
+        done = cli(*words, "--preset", "small", "--run.length", length)
+        assert done.status == 0, done.err + done.out
+        brought = tmp_path / "trial/algo-1/opt/ml/input/data/code"
+        assert [file.relative_to(brought).as_posix() for file in brought.rglob("*.py")] == ["recipes/mine.py"]
 
 
 @contextmanager
