@@ -91,20 +91,20 @@ def _tell_of_local(url: str) -> None:
 def _fabricated(known: Namespace, overrides: Mapping[str, str]) -> Fabricated:
     base = Path(known.base or BASE).resolve()
     code = read_code(known.recipe, known.source, known.ignore) if is_users(known.recipe) else None
-    if code is not None and any(each.parent == base for each in _upwards(code.folder) if each.name.startswith("algo-")):
-        raise UserError(f"{code.folder} lies on a host in {base}, which is made anew for each job; copy your code out")
+    channels = _channels(known.channel)
+    for folder in (*([code.folder] if code else []), *channels.values()):
+        _refuse_on_a_host(folder, base)
     given = {"recipe": known.recipe if code is None else code.recipe, "preset": known.preset, "nproc": known.nproc}
     given |= {name.replace(".", "__"): value for name, value in overrides.items()}
-    channels = _channels(known.channel)
     if known.instance_type:
         check_value("ResourceConfig.InstanceType", known.instance_type, "--instance-type")
     return Fabricated(base, known.hosts, given, channels, known.instance_type or INSTANCE, code=code)
 
 
-def _upwards(folder: Path) -> list[Path]:
-    """A folder and those that it lies in."""
+def _refuse_on_a_host(folder: Path, base: Path) -> None:
     whole = folder.resolve()
-    return [whole, *whole.parents]
+    if any(each.parent == base and each.name.startswith("algo-") for each in (whole, *whole.parents)):
+        raise UserError(f"{folder} lies on a host in {base}, which is made anew for each job; copy it elsewhere")
 
 
 def _channels(words: Sequence[str]) -> dict[str, Path]:
