@@ -111,6 +111,7 @@ def test_a_signal_to_one_host_of_two_saves_on_both_and_the_job_goes_on_later(tmp
         assert status == 75, printed
         assert "stopped at step" in made.failure(host)
         assert "SIGTERM" in made.failure(made.names[1])
+        assert json.loads((run_of(made) / "run.json").read_text())["reason"] == "SIGTERM"  # which rank 0 may not know
         assert "Traceback" not in printed
     parts = [{file.name for file in run_of(made, host).rglob("*.distcp")} for host in (0, 1)]
     assert parts == [{"__0_0.distcp"}, {"__1_0.distcp"}]  # each host has what its rank has saved
