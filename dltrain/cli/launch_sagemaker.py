@@ -23,7 +23,7 @@ from dltrain.sagemaker.code import Code, is_users, read_code
 from dltrain.sagemaker.following import Followed
 from dltrain.sagemaker.options import JobOptions, read_options
 from dltrain.sagemaker.prices import Bill, read_prices
-from dltrain.sagemaker.request import address_of, build, settings_here
+from dltrain.sagemaker.request import address_of, build, settings_here, with_channels
 
 FLAGS = ("spot", "isolate", "encrypt")
 
@@ -38,6 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     config = declarations(known.recipe).configure(known.preset, settings_here(overrides, options))
     if options.nproc:  # of GPUs only the instance knows
         degrees_of(config.parallel, Environment(0, options.nproc * options.count, 0, options.nproc))
+    config = with_channels(config, overrides, options, lambda line: _say(f"warning: {line}"))
     request = build(known.recipe, known.preset, overrides, config, options)
     code = read_code(known.recipe, options.source, options.ignore) if is_users(known.recipe) else None
     if code is not None:

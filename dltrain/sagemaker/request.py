@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dltrain.config import Config, Run
 from dltrain.errors import UserError
 from dltrain.hooks.printed import definitions
-from dltrain.sagemaker.channels import CODE, FAST_FILE, FILE, PIPE, TRAIN
+from dltrain.sagemaker.channels import CODE, FAST_FILE, FILE, PIPE, TRAIN, Channel, apply_channels
 from dltrain.sagemaker.code import is_users
 from dltrain.sagemaker.folders import BASE
 from dltrain.sagemaker.limits import check
@@ -38,6 +38,7 @@ def build(recipe: str, preset: str, settings: Mapping[str, Any], config: Config,
     from dltrain.metrics.known import scores  # which imports torch
 
     _refuse_missing(options)
+    config = with_channels(config, settings, options)
     _refuse_what_fails(config, options)
     name = options.name or job_name(recipe, preset)
     base = address_of(name, options)
@@ -100,6 +101,15 @@ def settings_here(settings: Mapping[str, Any], options: JobOptions) -> dict[str,
     if not options.checkpoints:
         raise UserError(f"run.resume is {run!r}; say among which checkpoints it lies: --checkpoints s3://bucket/prefix")
     return {**settings, "run.resume": "auto"}
+
+
+def with_channels(
+    config: Config, settings: Mapping[str, Any], options: JobOptions, tell: Callable[[str], None] = lambda line: None
+) -> Config:
+    """The config that the container will have: its channels count as :func:`apply_channels` says."""
+    folders = {name: Channel(name, Path(BASE) / "input" / "data" / name) for name in options.channels}
+    given = [name.replace("__", ".") for name, value in settings.items() if value not in ("", None)]
+    return apply_channels(config, folders, given, tell)  # an empty hyperparameter does not arrive
 
 
 def address_of(name: str, options: JobOptions) -> str:

@@ -79,7 +79,7 @@ def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
     file = Path(known.config) if known.config else None
     settings = kept({**job.hyperparameters.settings, **overrides}, job)
     config = declarations(name).configure(known.preset, settings, file)
-    config = apply_channels(config, job.channels)
+    config = apply_channels(config, job.channels, settings)  # rank 0 tells what follows from it
     check_layout(config, Environment(0, nproc * len(job.hosts), 0, nproc))
     options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--config={file}"] * bool(file)
     options += [f"--{key}={value}" for key, value in overrides.items()]

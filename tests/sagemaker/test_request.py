@@ -13,7 +13,7 @@ import pytest
 from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
-from dltrain.config import Config, load_overrides
+from dltrain.config import Config, Data, load_overrides
 from dltrain.errors import UserError
 from dltrain.sagemaker.following import LOGS, Followed
 from dltrain.sagemaker.hyperparameters import read_hyperparameters
@@ -102,6 +102,22 @@ def test_every_option_has_its_place() -> None:
         assert request[name] is True
     assert (request["Environment"], request["Tags"]) == ({"A": "b"}, [{"Key": "team", "Value": "vision"}])
     assert "TensorBoardOutputConfig" not in request
+
+
+def test_a_channel_takes_the_place_of_the_presets_data_in_the_request_too(cli: Cli) -> None:
+    data = Data(train="/of/a/preset", evaluation="s3://of/a/preset")
+    options = JobOptions(**OPTIONS, channels={"train": "s3://data/t"}, isolate=True)
+    assert build("image/classify", "digits", {}, Config(data=data), options)["InputDataConfig"]
+    given = {"data.train": "s3://data/digits"}
+    with pytest.raises(UserError, match="s3://data/digits is read over it"):
+        build("image/classify", "digits", given, load_overrides(Config(), given), options)
+    words = ("launch", "sagemaker", "image/classify", "--preset", "digits", *GIVEN, "--dry-run")
+    alone = cli(*words, "--channels", "{train: 's3://data/t'}")
+    assert alone.status == 0, alone.err
+    assert "warning: nothing is evaluated" in alone.err
+    both = cli(*words, "--channels", "{train: 's3://data/t'}", "--data.train", "s3://data/digits")
+    assert both.status == 0, both.err
+    assert "warning: nothing uses channel 'train': data.train is given and counts over it" in both.err
 
 
 MANY = {f"model.a{number}": 1 for number in range(100)}
