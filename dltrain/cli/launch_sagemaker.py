@@ -23,7 +23,7 @@ from dltrain.sagemaker.code import Code, is_users, read_code
 from dltrain.sagemaker.following import Followed
 from dltrain.sagemaker.options import JobOptions, read_options
 from dltrain.sagemaker.prices import Bill, read_prices
-from dltrain.sagemaker.request import address_of, build, settings_here, with_channels
+from dltrain.sagemaker.request import address_of, build, refuse_packages, settings_here, with_channels
 
 FLAGS = ("spot", "isolate", "encrypt")
 
@@ -42,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     request = build(known.recipe, known.preset, overrides, config, options)
     code = read_code(known.recipe, options.source, options.ignore) if is_users(known.recipe) else None
     if code is not None:
+        refuse_packages(code, options)
         print(f"code: {code.told()}", file=sys.stderr)
     for line in Bill(options, read_prices(known.prices, options.instance_type, options.region)).lines():
         print(line, file=sys.stderr)

@@ -17,7 +17,7 @@ from dltrain.config import Config, Run
 from dltrain.errors import UserError
 from dltrain.hooks.printed import definitions
 from dltrain.sagemaker.channels import CODE, FAST_FILE, FILE, PIPE, TRAIN, Channel, apply_channels
-from dltrain.sagemaker.code import is_users
+from dltrain.sagemaker.code import REQUIREMENTS, Code, is_users
 from dltrain.sagemaker.folders import BASE
 from dltrain.sagemaker.limits import check
 from dltrain.sagemaker.network import variables_for
@@ -183,6 +183,21 @@ def _refuse_lost(config: Config, options: JobOptions) -> None:
         raise UserError(
             f"run.stop_file is {config.run.stop_file!r}, and nobody can put a file into the container: leave it out, "
             "and stop the job by aws sagemaker stop-training-job"
+        )
+
+
+def refuse_packages(code: Code, options: JobOptions) -> None:
+    """Raises :class:`UserError` where the code asks for packages and the container would have no network to get them,
+    unless they are to come from the code itself."""
+    if not options.isolate or REQUIREMENTS not in code.files:
+        return
+    lines = [line.strip() for line in (code.folder / REQUIREMENTS).read_text(errors="replace").splitlines()]
+    asked = [line for line in lines if line and not line.startswith("#")]
+    if asked and "--no-index" not in asked:
+        raise UserError(
+            f"--isolate leaves the container no network, and {REQUIREMENTS} asks for {asked[0]!r}: put its packages "
+            f"into the image and leave it out by --ignore {REQUIREMENTS}, or bring wheels beside it and begin it with "
+            "--no-index and --find-links FOLDER"
         )
 
 

@@ -202,6 +202,19 @@ def test_options_in_a_file_are_checked(tmp_path: Path, given: dict[str, Any], wo
         read_options(file, {})
 
 
+def test_a_mistake_is_placed_where_its_value_came_from(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("count: 2\ninstance_type: [1]\nspot: true\nwait_hours: 3\n")
+    with pytest.raises(UserError, match=rf"^instance_type is \[1\]: .* \(in {file}\)$"):
+        read_options(file, {"max_hours": "1"})
+    with pytest.raises(UserError, match=r"^--max-hours is 'two': .* number$"):
+        read_options(file, {"instance_type": "ml.g5.xlarge", "max_hours": "two"})
+    with pytest.raises(
+        UserError, match=rf"wait_hours is 3, less than max_hours 4 \(in {file} and of the command line\)"
+    ):
+        read_options(file, {"instance_type": "ml.g5.xlarge", "max_hours": "4"})
+
+
 def test_a_price_has_its_source_and_date(tmp_path: Path) -> None:
     table = tmp_path / "prices.yaml"
     table.write_text("source: our contract\ndate: 2026-11-01\nusd_per_hour: {ml.p5.48xlarge: 50}\n")
@@ -260,6 +273,19 @@ def test_a_dry_run_tells_what_would_be_uploaded(cli: Cli, tmp_path: Path, s3: S3
     assert done.status == 0, done.err
     assert "code: 2 file(s), 2.0 MB, of ." in done.err
     assert "code: 1 file(s), 0.0 MB, of ." in cli(*words, "--ignore", "weights.bin", **s3.variables).err
+
+
+def test_packages_to_be_fetched_without_a_network_are_refused(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(Path(TINY).read_text())
+    (tmp_path / "requirements.txt").write_text("# ours\ntimm==1.0\n")
+    words = ("launch", "sagemaker", "mine.py", "--preset", "small", "--dry-run", *GIVEN)
+    assert cli(*words).status == 0
+    refused = cli(*words, "--isolate")
+    assert (refused.status, refused.out) == (2, "")
+    assert "no network, and requirements.txt asks for 'timm==1.0'" in refused.err
+    assert cli(*words, "--isolate", "--ignore", "requirements.txt").status == 0
+    (tmp_path / "requirements.txt").write_text("--no-index\n--find-links wheels\ntimm==1.0\n")
+    assert cli(*words, "--isolate").status == 0
 
 
 def test_a_run_to_go_on_with_is_among_the_jobs_checkpoints(cli: Cli) -> None:
