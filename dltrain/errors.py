@@ -23,6 +23,8 @@ class UserError(ValueError):
 EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C with nothing saved."""
 
+EXIT_UNFOLLOWED = 69
+"""Exit status where a job was started elsewhere, and what became of it is not known (``EX_UNAVAILABLE``)."""
 
 CLOSE = 0.6
 """Least likeness of a name that is offered in the place of another."""

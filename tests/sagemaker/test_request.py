@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from botocore.stub import Stubber
 
 from dltrain.config import Config, Data, load_overrides
 from dltrain.errors import UserError
-from dltrain.sagemaker.following import LOGS, Followed
 from dltrain.sagemaker.hyperparameters import read_hyperparameters
 from dltrain.sagemaker.options import JobOptions, read_options
 from dltrain.sagemaker.prices import Bill, Prices, read_prices
@@ -315,39 +313,3 @@ def test_a_job_is_started_with_its_code_and_followed_to_its_end(cli: Cli, s3: S3
     assert nowhere.status == 2
     assert "nowhere" in nowhere.err
     assert "Traceback" not in nowhere.err
-
-
-def test_status_and_lines_are_told_as_they_come(s3: S3Server) -> None:
-    region: dict[str, Any] = {"endpoint_url": s3.url, "region_name": "us-east-1"}
-    logs, client = boto3.client("logs", **region), boto3.client("sagemaker", **region)
-    with Stubber(client) as stub:
-        moves: list[dict[str, Any]] = [
-            {"Status": status, "StartTime": 0, "StatusMessage": message}
-            for status, message in (("Starting", "Launching"), ("Training", "Image downloaded"), ("Failed", ""))
-        ]
-        for seen, status in ((1, "InProgress"), (2, "InProgress"), (3, "Failed")):
-            required = {"TrainingJobArn": "arn:" + "x" * 20, "TrainingJobName": "followed", "CreationTime": 0}
-            required |= {
-                "ModelArtifacts": {"S3ModelArtifacts": "s3://bkt/m"},
-                "SecondaryStatus": moves[seen - 1]["Status"],
-            }
-            required |= {"ResourceConfig": {"VolumeSizeInGB": 1}, "StoppingCondition": {}}
-            required |= {"AlgorithmSpecification": {"TrainingInputMode": "File"}}
-            reason = {"FailureReason": "rank 0: no"} if status == "Failed" else {}
-            told = {"TrainingJobStatus": status, "SecondaryStatusTransitions": moves[:seen]}
-            stub.add_response("describe_training_job", {**required, **told, **reason})
-        lines: list[str] = []
-        logs.create_log_group(logGroupName=LOGS)
-        for host in ("algo-1", "algo-2"):
-            stream = f"followed/{host}-1700000000"
-            logs.create_log_stream(logGroupName=LOGS, logStreamName=stream)
-            event = {"timestamp": int(1000 * time.time()), "message": f"step 1 of {host}\n"}
-            logs.put_log_events(logGroupName=LOGS, logStreamName=stream, logEvents=[event])
-        assert Followed("followed", client, logs, lines.append, pause=0).until_ended() == ("Failed", "rank 0: no")
-    assert lines == [
-        "Starting: Launching",
-        "[algo-1] step 1 of algo-1",
-        "[algo-2] step 1 of algo-2",
-        "Training: Image downloaded",
-        "Failed",
-    ]
