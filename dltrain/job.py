@@ -149,7 +149,8 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
     if known.command == "train":
         settings = {**given.settings, **overrides}
         settings = settings if job is None else kept(settings, job)
-        config = apply_channels(recipe.configure(known.preset, settings, known.config), read_channels())
+        config = recipe.configure(known.preset, settings, known.config)
+        config = apply_channels(config, read_channels(), settings, partial(warn, environment))
         config = apply_profiler(apply_debug_hook(config, settings, environment), settings, environment)
         for told in given.told:
             say(environment, told)
