@@ -39,7 +39,7 @@ class Followed:
 
     def __init__(self, name: str, client: Any, logs: Any, say: Callable[[str], None], pause: float = PAUSE) -> None:
         self._name, self._client, self._logs, self._say, self._pause = name, client, logs, say, pause
-        self._seen = 0
+        self._seen, self._readable = 0, True
         self._next: dict[str, str] = {}
 
     def until_ended(self) -> tuple[str, str]:
@@ -50,9 +50,11 @@ class Followed:
         while True:
             found = self._asked(lambda: self._client.describe_training_job(TrainingJobName=self._name))
             self._tell_status(found.get("SecondaryStatusTransitions", []))
-            self._tell_lines()
-            if found["TrainingJobStatus"] in ENDED:
+            if self._readable:
                 self._tell_lines()
+            if found["TrainingJobStatus"] in ENDED:
+                if self._readable:
+                    self._tell_lines()
                 return found["TrainingJobStatus"], found.get("FailureReason", "")
             time.sleep(self._pause)
 
@@ -93,6 +95,14 @@ class Followed:
         self._seen = len(transitions)
 
     def _tell_lines(self) -> None:
+        """Without a right to read them, or without an answer, the status is followed on by itself."""
+        try:
+            self._read_lines()
+        except Unfollowed as error:
+            self._readable = False
+            self._say(f"what it prints cannot be read, and its status alone is told from here on: {error}")
+
+    def _read_lines(self) -> None:
         for stream in self._asked(self._streams):
             while True:
                 start = {"nextToken": self._next[stream]} if stream in self._next else {"startFromHead": True}

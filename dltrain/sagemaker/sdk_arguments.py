@@ -21,7 +21,7 @@ from dltrain.runtime.environment import Environment
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import REQUIREMENTS, is_users, read_code
 from dltrain.sagemaker.options import JobOptions
-from dltrain.sagemaker.request import build, settings_here
+from dltrain.sagemaker.request import build, refuse_packages, settings_here
 
 CONTAINER, SCRIPT = "container", "script"
 """What is started: our own entry point, or the recipe's file by what the SDK brings."""
@@ -76,7 +76,9 @@ def described(recipe: str, preset: str, settings: Mapping[str, Any], options: Jo
     request = build(recipe, preset, settings, config, options)
     file, folder = find(recipe), None
     if is_users(recipe):
-        folder = read_code(recipe, options.source, options.ignore).folder
+        code = read_code(recipe, options.source, options.ignore)
+        refuse_packages(code, options)
+        folder = code.folder
     elif entry == SCRIPT:
         folder = file.parent
     return SdkJob(request, entry, file, folder, options.bucket, options.nproc)

@@ -116,6 +116,14 @@ def test_what_does_not_pass_ends_the_following_at_once(s3: S3Server) -> None:
         Followed("mine", Answers(refused("AccessDeniedException")), Answers(), print).stop()
 
 
+def test_without_a_right_to_its_lines_the_status_is_followed_on() -> None:
+    lines: list[str] = []
+    logs = Answers(refused("AccessDeniedException"))
+    assert Followed("mine", Answers(RUNNING, RUNNING, DONE), logs, lines.append, 0).until_ended() == ("Completed", "")
+    assert logs.asked == ["get_paginator"]
+    assert [line.partition(",")[0] for line in lines] == ["what it prints cannot be read"]
+
+
 def test_the_logs_of_more_hosts_than_a_page_holds_are_told(s3: S3Server) -> None:
     logs = boto3.client("logs", endpoint_url=s3.url, region_name="eu-west-3")
     logs.create_log_group(logGroupName=LOGS)
