@@ -68,7 +68,7 @@ class Answers:
         self.answers, self.asked = list(answers), list[str]()
 
     def __getattr__(self, name: str) -> Any:
-        def call(**_: Any) -> Any:
+        def call(*_: Any, **__: Any) -> Any:
             self.asked.append(name)
             answer = self.answers.pop(0)
             if isinstance(answer, BaseException):
