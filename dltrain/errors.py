@@ -23,11 +23,38 @@ class UserError(ValueError):
 EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C with nothing saved."""
 
+EXIT_UNFOLLOWED = 69
+"""Exit status where a job was started elsewhere, and what became of it is not known (``EX_UNAVAILABLE``)."""
+
+CLOSE = 0.6
+"""Least likeness of a name that is offered in the place of another."""
+
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The end of a sentence that names the closest candidate, or lists all when none is close."""
+    """The end of a sentence that names the closest candidate (or those that are abbreviated so), or lists all when none
+    is close."""
     known = sorted(candidates)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
+    likeness = {each: _likeness(name, each) for each in known}
+    most = max(likeness.values(), default=0.0)
+    if most >= CLOSE:
+        meant = [each for each in known if likeness[each] > 1] or [each for each in known if likeness[each] == most][:1]
+        return f"did you mean {' or '.join(map(repr, meant))}?"
     return "there are: " + ", ".join(known) if known else "there are none"
+
+
+def _likeness(name: str, candidate: str) -> float:
+    """From 0 to 1, and above it for a candidate that the name abbreviates, as ``optim.lr`` does
+    ``optim.learning_rate``. Of dotted names the last parts must be alike by themselves: what comes before is long."""
+    (head, _, last), (other_head, _, other_last) = name.rpartition("."), candidate.rpartition(".")
+    whole = _ratio(name, candidate)
+    if head == other_head or _ratio(head, other_head) >= CLOSE:
+        initials = "".join(word[:1] for word in other_last.split("_"))
+        if 1 < len(last) < len(other_last) and initials.endswith(last):
+            return 1 + whole
+        if len(last) > 2 and last in other_last:
+            return max(whole, CLOSE)
+    return min(whole, _ratio(last, other_last))
+
+
+def _ratio(name: str, candidate: str) -> float:
+    return difflib.SequenceMatcher(None, candidate, name).ratio()

@@ -33,7 +33,7 @@ from dltrain.hooks.base import Hook
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
 from dltrain.job_hooks import hooks_of
 from dltrain.job_process import environment_of_process, guarded, leave
-from dltrain.job_run import Job, agreed, checkpointer_of, chosen, held, own, record_end, recorded
+from dltrain.job_run import Job, agreed, checkpointer_of, chosen, gathered, held, own, record_end, recorded
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.checks import check_layout, layout_for_scoring
@@ -149,7 +149,8 @@ def _run(task: type[Task], environment: Environment, arguments: Sequence[str]) -
     if known.command == "train":
         settings = {**given.settings, **overrides}
         settings = settings if job is None else kept(settings, job)
-        config = apply_channels(recipe.configure(known.preset, settings, known.config), read_channels())
+        config = recipe.configure(known.preset, settings, known.config)
+        config = apply_channels(config, read_channels(), settings, partial(warn, environment))
         config = apply_profiler(apply_debug_hook(config, settings, environment), settings, environment)
         for told in given.told:
             say(environment, told)
@@ -239,6 +240,7 @@ def _conclude(
 ) -> int:
     """Report, record, and the last line; ``reason`` is why this rank was asked to stop."""
     if status == "stopped":
+        reason = next(filter(None, gathered(reason)), "")  # which another rank may know alone
         record_end(job, run, status, step=trainer.step, micro_batch=trainer.engine.micro_batch, reason=reason)
         why = f" ({reason})" if reason else ""
         say(job.environment, f"stopped and saved at step {trainer.step}{why}; go on with: --run.resume {run.path}")

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -55,6 +56,12 @@ def guarded(body: Any, environment: Environment) -> int:
         failure = Failure.of(error, rank, f"dltrain: error: {error}", EXIT_USER_ERROR)
     except KeyboardInterrupt as error:
         failure = Failure.of(error, rank, "dltrain: interrupted; the last saved checkpoint is whole", EXIT_INTERRUPTED)
+    except SystemExit as error:
+        if _is_of_words(error):
+            raise
+        status = error.code if isinstance(error.code, int) and error.code else 1
+        message = f"dltrain: rank {rank} left by sys.exit({error.code!r}) before its work was done"
+        failure = Failure.of(error, rank, message, status)
     except Exception as error:  # noqa: BLE001 - shown whole, by the launcher or here
         failure = Failure.of(error, rank, f"dltrain: rank {rank} failed:\n{traceback.format_exc()}", 1)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows what the first rank to fail has left there
@@ -63,6 +70,11 @@ def guarded(body: Any, environment: Environment) -> int:
         _leave_word(failure)
         print(failure.message, file=sys.stderr, flush=True)
     return failure.status
+
+
+def _is_of_words(error: SystemExit) -> bool:
+    """Whether argparse ends it: for help, or after words that it does not know."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).name == "argparse.py"
 
 
 def _leave_word(failure: Failure) -> None:

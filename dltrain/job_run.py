@@ -93,6 +93,15 @@ def agreed(job: Job, decide: Callable[[], T]) -> T:
     return cast(T, decided[0])
 
 
+def gathered(value: T) -> list[T]:
+    """The value of each rank, on all of them; collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def held(job: Job, run: RunFolder) -> Iterator[None]:
     """The run's folder, made and held by rank 0; nothing of it is made or changed before."""

@@ -130,6 +130,7 @@ def test_the_batch_script_is_one(cli: Cli, tmp_path: Path, more: tuple[str, ...]
         (("kubernetes", "--image", "a", "--claim", "runs", "--shm", "0"), "give 1 or more"),
         (("kubernetes", "--image", "a", "--claim", "runs", "--run.folder", "runs"), "whole path"),
         (("kubernetes", "--image", "a", "--claim", "runs", "--run.stop_file", "x"), "kubectl delete job"),
+        (("kubernetes", "--image", "a", "--claim", "runs", "--run.deadline", "2h"), "take --run.length in hours"),
         (("kubernetes", "--image", "a", "--claim", "runs", "--run.grace", "9"), "take --grace"),
         (("kubernetes", "--image", "a", "--claim", "runs", "--apply"), "there is no command kubectl here"),
     ],

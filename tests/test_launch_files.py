@@ -104,6 +104,30 @@ def test_the_constraints_of_the_image_leave_torch_to_its_base(tmp_path: Path) ->
     assert all(re.search(rf"^{extra} = \[", text, re.MULTILINE) for extra in extras)
 
 
+@pytest.mark.parametrize("has_pip", [True, False])
+def test_the_image_is_built_by_pip_which_uv_brings_where_there_is_none(tmp_path: Path, has_pip: bool) -> None:
+    python = f"""#!/bin/sh
+echo "python $*" >> {tmp_path}/told
+case "$*" in "-m pip"*) [ -e {tmp_path}/pip ] || exit 1;; esac
+case "$*" in "-m pip list"*) echo torch==2.13.0;; esac
+"""
+    for name, text in (
+        ("python", python),
+        ("uv", f'#!/bin/sh\necho "uv $*" >> {tmp_path}/told; touch {tmp_path}/pip\n'),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    if has_pip:
+        (tmp_path / "pip").touch()
+    (run,) = values("RUN")
+    here = run.replace("/tmp/", f"{tmp_path}/").replace("cd /opt/dltrain", f"cd {ROOT}").replace("${EXTRAS}", "gpu")
+    done = subprocess.run(["sh"], input=here, text=True, capture_output=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr
+    told = (tmp_path / "told").read_text()
+    assert (f"uv pip install --python {tmp_path}/python pip" in told) is not has_pip
+    assert "python -m pip install --constraint" in told
+
+
 def test_cfn_lint_finds_nothing() -> None:
     command = shutil.which("cfn-lint", path=str(Path(sys.executable).parent))
     assert command is not None

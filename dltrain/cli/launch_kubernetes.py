@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dltrain.cli.main import Parser
 from dltrain.cli.templates import filled, hand_over, settings_of, stem_of
-from dltrain.config import split_arguments
+from dltrain.config import Config, split_arguments
 from dltrain.errors import UserError
 
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -32,6 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     own = {"run.name": known.name, "run.folder": "/runs", "run.grace": str(known.grace), "run.resume": "auto"}
     settings = {**own, **overrides}
     config = settings_of(known.recipe, known.preset, settings, known.nodes, nproc)
+    _refuse_endless(config)
     if not config.run.folder.startswith("/"):
         raise UserError(f"--run.folder is {config.run.folder!r}; give the whole path that the claim is mounted at")
     text = filled("kubernetes.yaml", _values(known, settings, config.run.folder, nproc))
@@ -68,10 +69,25 @@ def _check(known: Namespace, overrides: Mapping[str, str]) -> None:
     for name, least in (("gpus", 0), ("nproc", 0), ("shm", 1), ("grace", 1), ("retries", 0)):
         if getattr(known, name) < least:
             raise UserError(f"--{name} is {getattr(known, name)}; give {least} or more")
-    for name in ("run.stop_file", "run.grace"):
-        if name in overrides:
-            instead = "--grace" if name == "run.grace" else "kubectl delete job, for pods that have stopped start again"
-            raise UserError(f"--{name} is not for Kubernetes; take {instead}")
+    if "run.grace" in overrides:
+        raise UserError("--run.grace is not for Kubernetes; take --grace")
+
+
+def _refuse_endless(config: Config) -> None:
+    """What stops a run by itself: the Job would start its pods again, with a clock that begins anew."""
+    for name, value, instead in (
+        ("run.stop_file", config.run.stop_file, "kubectl delete job"),
+        (
+            "run.deadline",
+            config.run.deadline,
+            "--run.length in hours, or activeDeadlineSeconds of the Job,",
+        ),
+    ):
+        if value:
+            raise UserError(
+                f"{name} is {str(value)!r}, which is not for Kubernetes: pods that have stopped start again; take "
+                f"{instead} to end it"
+            )
 
 
 def _values(known: Namespace, settings: Mapping[str, str], folder: str, nproc: int) -> dict[str, str | int]:

@@ -15,22 +15,22 @@ import yaml
 from dltrain.cli.main import Parser
 from dltrain.config import split_arguments
 from dltrain.degrees import degrees_of
-from dltrain.errors import EXIT_INTERRUPTED, UserError
+from dltrain.errors import EXIT_INTERRUPTED, EXIT_UNFOLLOWED, UserError
 from dltrain.recipes import declarations
 from dltrain.runtime.environment import Environment
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import Code, is_users, read_code
-from dltrain.sagemaker.following import Followed
+from dltrain.sagemaker.following import Followed, Unfollowed
 from dltrain.sagemaker.options import JobOptions, read_options
 from dltrain.sagemaker.prices import Bill, read_prices
-from dltrain.sagemaker.request import address_of, build, settings_here
+from dltrain.sagemaker.request import address_of, build, refuse_packages, settings_here, with_channels
 
 FLAGS = ("spot", "isolate", "encrypt")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Build, check, tell what it costs; then, without ``--dry-run``, upload, start and follow. Returns 0 where the job
-    has completed, else 1."""
+    has completed, 1 where it has not, and 69 where that could not be seen."""
     words, overrides = split_arguments(arguments)
     known = _parser().parse_args(words)
     given = {name: getattr(known, name) for name in JobOptions.model_fields if getattr(known, name) is not None}
@@ -38,9 +38,11 @@ def run(arguments: Sequence[str]) -> int:
     config = declarations(known.recipe).configure(known.preset, settings_here(overrides, options))
     if options.nproc:  # of GPUs only the instance knows
         degrees_of(config.parallel, Environment(0, options.nproc * options.count, 0, options.nproc))
+    config = with_channels(config, overrides, options, lambda line: _say(f"warning: {line}"))
     request = build(known.recipe, known.preset, overrides, config, options)
     code = read_code(known.recipe, options.source, options.ignore) if is_users(known.recipe) else None
     if code is not None:
+        refuse_packages(code, options)
         print(f"code: {code.told()}", file=sys.stderr)
     for line in Bill(options, read_prices(known.prices, options.instance_type, options.region)).lines():
         print(line, file=sys.stderr)
@@ -90,24 +92,34 @@ def _start(known: Any, request: dict[str, Any], options: JobOptions, code: Code 
         client = boto3.client("sagemaker", **region)
         client.create_training_job(**request)
         print(f"started {name}", file=sys.stderr)
-        if known.detach:
-            print(json.dumps({"job": name}))
-            return 0
-        return _follow(Followed(name, client, boto3.client("logs", **region), _say), name, known.stop_on_interrupt)
     except (BotoCoreError, ClientError) as error:
         raise UserError(f"AWS refused: {error}") from None
+    if known.detach:
+        print(json.dumps({"job": name}))
+        return 0
+    look = f"aws sagemaker describe-training-job --training-job-name {name} --region {client.meta.region_name}"
+    try:
+        return _follow(Followed(name, client, boto3.client("logs", **region), _say), name, known.stop_on_interrupt)
+    except Unfollowed as error:
+        _say(f"warning: {error}; the job goes on by itself: {look}")
+        return EXIT_UNFOLLOWED
+    except KeyboardInterrupt:
+        stops = "it was asked to stop" if known.stop_on_interrupt else "--stop-on-interrupt would have stopped it"
+        _say(f"\n{name} goes on without being followed; {stops}; see what it does: {look}")
+        return EXIT_INTERRUPTED
 
 
 def _follow(job: Followed, name: str, stops: bool) -> int:
+    """Until it has ended; Ctrl-C, once, asks for its end where that ``stops`` it. Raises ``KeyboardInterrupt`` for
+    another, and :class:`Unfollowed`."""
     started = time.monotonic()
     try:
         status, reason = job.until_ended()
     except KeyboardInterrupt:
         if not stops:
-            print(f"\n{name} goes on; --stop-on-interrupt would have stopped it", file=sys.stderr)
-            return EXIT_INTERRUPTED
+            raise
+        _say(f"\nstopping {name}: it saves first")
         job.stop()
-        print(f"\nstopping {name}: it saves first", file=sys.stderr)
         status, reason = job.until_ended()
     print(json.dumps({"job": name, "status": status, "reason": reason, "seconds": round(time.monotonic() - started)}))
     return 0 if status == "Completed" else 1

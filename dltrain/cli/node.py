@@ -24,6 +24,7 @@ from dltrain.parallel.checks import check_layout
 from dltrain.recipes import declarations, find, recipe_name
 from dltrain.runtime.environment import Environment, cores
 from dltrain.runtime.host import run_host
+from dltrain.runtime.logs import outlive_readers
 from dltrain.runtime.meeting import PORT, agent, patience, wait_for
 
 RESERVE = 10.0
@@ -43,6 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--job", default="dltrain", help="a name that all hosts of the job share, and no other job")
     known = parser.parse_args(words)
     _check(known)
+    outlive_readers()
     config = declarations(known.recipe).configure(known.preset, overrides)
     check_layout(config, Environment(0, known.nproc * known.hosts, 0, known.nproc))
     signal.signal(signal.SIGTERM, _leave)  # which the kernel keeps from a process 1 that does not ask for it

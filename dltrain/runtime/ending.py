@@ -19,12 +19,15 @@ from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
 from dltrain.runtime.minding import Minded
 from dltrain.runtime.word import Failure, failures_in, ready_in, running_in, stopped_in
 
-PEERS = re.compile(
-    r"closed by peer|reset by peer|recvBytes|broken pipe|NCCL.*(remote|abort|unhandled)|ncclRemoteError|"
-    r"connectFullMesh|DistNetworkError|no longer available|first host is gone",
+_PEERS = re.compile(
+    r"closed by (remote )?peer|reset by peer|recvBytes|recvValue|broken pipe|NCCL.*(remote|abort|unhandled)|"
+    r"ncclRemoteError|connectFullMesh|DistNetworkError|no longer available|Did the remote server|first host is gone",
     re.IGNORECASE,
 )
-"""Errors of a rank whose peers are gone."""
+"""What errors say of a rank whose peers are gone."""
+
+_OF_TORCH = re.compile(r"RuntimeError|Dist\w*Error|the first host is gone")
+"""Begins those: a connection to a store breaks by other words."""
 
 
 @dataclass(frozen=True)
@@ -38,33 +41,45 @@ class Ending:
 
 def is_of_peers(failure: Failure) -> bool:
     """Whether a rank failed for others were gone: then they are to blame."""
-    return failure.status != EXIT_USER_ERROR and bool(PEERS.search(failure.error) or PEERS.search(failure.message))
+    of_torch = failure.status != EXIT_USER_ERROR and _OF_TORCH.match(failure.error)
+    return bool(of_torch and _PEERS.search(failure.said))
 
 
 def ending_of(minded: Minded, status: int, words: Path, report: Path, apart: str) -> Ending:
     """What happened, where the agent ended with ``status``; ``apart`` says which hosts should have met."""
-    stop = stopped_in(words)
-    failures = failures_in(words) + _silent(words, report, apart)
-    left = running_in(words)
-    if status == 0 and stop is None and not failures:
-        if not left:
-            return Ending(0)  # whatever signal came while it was ending
-        failures = [_dead(min(left), 0)]
-    if stop is not None and not minded.forced and not failures:
+    stop, left = stopped_in(words), running_in(words)
+    failures = _failures(minded, words, report, apart)
+    own = [failure for failure in failures if not is_of_peers(failure)]
+    if stop is not None and not own:  # all ranks have saved it, whatever became of them then
         why = stop["reason"] or minded.signalled or "another host was asked to"
         again = "start it again with the same checkpoints to go on"
         return Ending(EXIT_STOPPED, f"stopped at step {stop['step']} and saved ({why}); {again}")
-    if minded.signalled and not (failures and failures[0].status == EXIT_USER_ERROR):
-        late = minded.forced and running_in(words)
-        why = "ranks were not done in time: the last committed checkpoint counts" if late else _NOTHING
-        return Ending(EXIT_INTERRUPTED, f"{minded.signalled} came and {why}")
-    if failures:
-        first = min(failures, key=lambda each: (each.status != EXIT_USER_ERROR, is_of_peers(each), each.time))
+    if own or (failures and not minded.signalled):
+        first = min(own or failures, key=lambda each: (each.status != EXIT_USER_ERROR, each.time))
         return Ending(first.status, first.message, first)
-    return Ending(128 - status if status < 0 else status)
+    if minded.signalled and (status or left):
+        return Ending(EXIT_INTERRUPTED, f"{minded.signalled} came and {_unsaved(minded, words)}")
+    if left and status == 0:
+        first = _dead(min(left), 0)
+        return Ending(first.status, first.message, first)
+    if status < 0:
+        how = f"torchrun's agent was ended by {signal.Signals(-status).name}"
+        first = Failure(0, f"dltrain: {how}; checkpoints that ranks had saved are whole", 128 - status, how)
+        return Ending(first.status, first.message, first)
+    return Ending(status)
 
 
-_NOTHING = "there was nothing to save yet"
+def _failures(minded: Minded, words: Path, report: Path, apart: str) -> list[Failure]:
+    """Without those that follow from a signal."""
+    told = [each for each in failures_in(words) if not (minded.signalled and each.status == EXIT_INTERRUPTED)]
+    return told if minded.forced else told + _silent(words, report, apart)
+
+
+def _unsaved(minded: Minded, words: Path) -> str:
+    if not ready_in(words):
+        return "there was nothing to save yet"
+    late = "ranks were not done in time" if minded.forced and running_in(words) else "nothing was saved at it"
+    return f"{late}: the last committed checkpoint counts"
 
 
 def _silent(words: Path, report: Path, apart: str) -> list[Failure]:

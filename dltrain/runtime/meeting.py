@@ -77,6 +77,7 @@ def agent(report: Path, nproc: int, hosts: int, head: str, address: str, job: st
     """torchrun's own words, to which a recipe and its words are added: all hosts meet at ``head`` (host:port), which is
     the one of that ``address``."""
     words = [sys.executable, "-m", "dltrain.runtime.elastic", str(report), f"--nproc-per-node={nproc}"]
+    words.append(f"--log-dir={report.parent / 'agent'}")  # whose own folder it would leave behind
     if hosts == 1:
         return [*words, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *RANK]  # a free port
     is_head, wait = int(head.rpartition(":")[0] == address), int(patience())

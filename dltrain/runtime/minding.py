@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from dltrain.runtime.word import ready_in
+from dltrain.runtime.word import ready_in, running_in
 
 _PR_SET_CHILD_SUBREAPER = 36  # of <sys/prctl.h>
 
@@ -29,7 +29,12 @@ UNREADY = 5.0
 LAST = 5.0
 """Seconds between the last request to end and the end by force."""
 
-PAUSE = 0.05
+LINGER, LINGER_SIGNALLED = 120.0, 10.0
+"""Seconds that a command may stay when all of its ranks have left: torchrun's agent waits five minutes for those of a
+host that is gone. Less after a signal."""
+
+PAUSE, LOOK = 0.05, 1.0
+"""Seconds between two rounds, and between looks at what there is on the machine."""
 
 
 class Minded:
@@ -47,9 +52,12 @@ class Minded:
         """Whether ranks had to be ended before they were done."""
         self._since = 0.0
         self._told: set[int] = set()
+        self._ended: set[int] = set()
+        self._next = self._idle = 0.0
 
     def run(self) -> int:
-        """The command's exit status, negative after a signal; until then signals are handed on."""
+        """The command's exit status, negative after a signal, 0 where it had to be ended though its ranks had all left;
+        until then signals are handed on."""
         if sys.platform == "linux":  # not process 1, it gets the orphans of its own tree all the same
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for number in (signal.SIGTERM, signal.SIGINT):  # for good: one that comes at the end must not cut it short
@@ -59,10 +67,11 @@ class Minded:
         while (status := self._reaped(process.pid)) is None:
             if self.signalled:
                 self._hand_on(process.pid)
+            self._let_go(process.pid)
             time.sleep(PAUSE)
         process.returncode = status
         self._end_the_rest()
-        return status
+        return 0 if self._idle and process.pid in self._ended else status
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.signalled:
@@ -83,16 +92,41 @@ class Minded:
 
     def _hand_on(self, process: int) -> None:
         """To each rank once, as soon as it listens; later to all that is left."""
-        for rank, each in ready_in(self._folder).items():
-            if rank not in self._told:
-                self._told.add(rank)
+        new = {rank: each for rank, each in ready_in(self._folder).items() if rank not in self._told}
+        here = {each.pid for each in _left()} if new else set()
+        for rank, each in new.items():
+            self._told.add(rank)
+            if each in here:  # and is not another process by now
                 _send(each, signal.SIGTERM)
         waited = time.monotonic() - self._since
         if waited > self._grace + LAST:
             _send_all(signal.SIGKILL)
         elif waited > self._grace or (waited > UNREADY and not self._told):
             self.forced = True
+            self._end(process)
+
+    def _end(self, process: int) -> None:
+        """Once: a second signal would break off what it does about the first."""
+        if process not in self._ended:
+            self._ended.add(process)
             _send(process, signal.SIGTERM)
+
+    def _let_go(self, process: int) -> None:
+        """End a command that stays though all ranks that there were have left."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + LOOK
+        ready = ready_in(self._folder)
+        if not ready or running_in(self._folder) or {*ready.values()} & {each.pid for each in _left()}:
+            self._idle = 0.0
+            return
+        self._idle = self._idle or now
+        over = now - self._idle - (LINGER_SIGNALLED if self.signalled else LINGER)
+        if over > 0:
+            self._end(process)
+        if over > LAST:
+            _send_all(signal.SIGKILL)
 
     def _end_the_rest(self) -> None:
         """Ranks and loader processes that outlived the command: they have become this process's children."""

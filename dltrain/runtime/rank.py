@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from dltrain.runtime.word import Failure, report_failure
+from dltrain.runtime.word import Failure, has_failed, report_failure
 
 
 def main() -> None:
@@ -24,11 +24,20 @@ def main() -> None:
     sys.path[0] = str(Path(recipe).resolve().parent)  # which was the working folder, for ``-m``
     try:
         runpy.run_path(recipe, run_name="__main__")
-    except Exception as error:
-        rank = int(os.environ.get("RANK", "0"))
-        message = f"dltrain: rank {rank} failed as {Path(recipe).name} was read:\n{traceback.format_exc()}"
-        report_failure(Failure.of(error, rank, message, 1))
+    except SystemExit as error:
+        if error.code not in (None, 0):  # its main's own statuses are told already
+            _tell(error, error.code if isinstance(error.code, int) else 1)
         raise
+    except Exception as error:
+        _tell(error, 1)
+        raise
+
+
+def _tell(error: BaseException, status: int) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if not has_failed(rank):
+        message = f"dltrain: rank {rank} failed as {Path(sys.argv[0]).name} was read:\n{traceback.format_exc()}"
+        report_failure(Failure.of(error, rank, message, status))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from dltrain.runtime.parent import stop_with_parent
 FAILURES = "DLTRAIN_FAILURES"
 """Variable that names the folder."""
 
+_NOT_OWN = ("site-packages", "/lib/python", "<frozen", "dltrain/runtime/rank.py")
+"""In names of files whose lines say nothing of a fault."""
+
 FRAMES = 3
 """Last lines of code that a failure names."""
 
@@ -36,6 +39,12 @@ class Failure:
     host: str = ""
     time: float = 0.0
 
+    @property
+    def said(self) -> str:
+        """What the error says, without the lines of code in its traceback: those are no part of it."""
+        lines = [line for line in self.message.splitlines() if not line.startswith("  ")]
+        return "\n".join([self.error, *lines])
+
     @classmethod
     def of(cls, error: BaseException, rank: int, message: str, status: int) -> Failure:
         """Of an exception that is being handled."""
@@ -48,6 +57,12 @@ class Failure:
 def report_failure(failure: Failure) -> bool:
     """Returns whether there is somebody who will show it."""
     return _write(f"rank-{failure.rank}.json", asdict(failure))
+
+
+def has_failed(rank: int) -> bool:
+    """Whether this rank has told of a failure already."""
+    folder = os.environ.get(FAILURES)
+    return folder is not None and Path(folder, f"rank-{rank}.json").exists()
 
 
 def failures_in(folder: Path) -> list[Failure]:
@@ -107,7 +122,7 @@ def _write(name: str, value: Mapping[str, object] | int) -> bool:
 
 
 def _frames(error: BaseException) -> tuple[str, ...]:
-    """The last lines of code outside installed packages; of all, where there are none."""
+    """The last lines of code outside installed packages and what starts a recipe; of all, where there are none."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and "/lib/python" not in frame.filename]
+    own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_OWN)]
     return tuple(f"{Path(each.filename).name}:{each.lineno} in {each.name}" for each in (own or frames)[-FRAMES:])

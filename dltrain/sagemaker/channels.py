@@ -5,7 +5,7 @@ on every host, and are opened by :mod:`dltrain.sagemaker.opening`: ``ShardedByS3
 Pipe gives bytes in one order, once. What these cannot do is refused here, before anything is read.
 
     channels = read_channels()
-    config = apply_channels(config, channels)
+    config = apply_channels(config, channels, given, print)  # given: names of settings that count over a channel
 
 Reference: https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-running-container.html
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ INDEX = "-index"
 TRAIN = ("train", "training")
 EVALUATION = ("validation", "test", "evaluation")
 """Names of channels taken for ``data.train`` and ``data.evaluation``, the first that is there."""
+OF_TRAINING, OF_EVALUATION = ("data.train", "data.sources"), ("data.evaluation",)
+"""Settings that count over these channels."""
 
 CODE = "code"
 """Name of the channel of the user's code."""
@@ -120,19 +122,69 @@ def _channel(name: str, folder: Path, said: Any) -> Channel:
     return channel
 
 
-def apply_channels(config: Config, channels: Channels) -> Config:
-    """The config with ``data.train`` and ``data.evaluation``, where they are empty, set to the channels' folders.
+def apply_channels(
+    config: Config, channels: Channels, given: Collection[str] = (), tell: Callable[[str], None] = lambda line: None
+) -> Config:
+    """The config with ``data.train`` and ``data.evaluation`` set to the channels' folders.
 
-    Raises :class:`UserError` where there are channels and none is for training.
+    A channel takes the place of what a preset or a config file names; a setting among the ``given`` names counts over
+    it, and so does an address inside a channel. Held-out data of a preset whose training data gave way are of another
+    data set, and are left out. That, and each channel that nothing uses, is told, a line each. Raises
+    :class:`UserError` where there are channels and no training data.
     """
-    found = {}
-    if not config.data.train and not config.data.sources:
-        found["train"] = _first(TRAIN, channels)
-        _refuse_unnamed(found["train"], channels)
-    if not config.data.evaluation:
-        found["evaluation"] = _first(EVALUATION, channels)
-    changes = {name: str(channel.folder) for name, channel in found.items() if channel is not None}
-    return config.replace(data=config.data.replace(**changes)) if changes else config
+    data, changes = config.data, dict[str, Any]()
+    urls = [url for url in (data.train, *(source.url for source in data.sources)) if url]
+    train, evaluation = _first(TRAIN, channels), _first(EVALUATION, channels)
+    if not urls:
+        _refuse_unnamed(train, channels)
+    if train is not None and (not urls or _gives_way(urls, OF_TRAINING, given, channels)):
+        changes |= {"train": str(train.folder), "sources": ()}
+    held_out = [data.evaluation] if data.evaluation else []
+    if evaluation is not None and (not held_out or _gives_way(held_out, OF_EVALUATION, given, channels)):
+        changes["evaluation"] = str(evaluation.folder)
+    elif train is not None and urls and "train" in changes and _gives_way(held_out, OF_EVALUATION, given, channels):
+        changes["evaluation"] = ""
+        tell(_left_out(data.evaluation, train))
+    if changes:
+        config = config.replace(data=data.replace(**changes))
+    for line in _unused(config, channels, given):
+        tell(line)
+    return config
+
+
+def _gives_way(urls: Sequence[str], names: Collection[str], given: Collection[str], channels: Channels) -> bool:
+    """Whether something is named, and by a preset or a file alone."""
+    inside = any(channel_of(url, channels) is not None for url in urls)
+    return bool(urls) and not inside and not set(names) & set(given)
+
+
+def _left_out(url: str, train: Channel) -> str:
+    return (
+        f"nothing is evaluated: the held-out data of the preset, {url}, are not of the data that channel "
+        f"{train.name!r} has put in the place of its own; bring a channel {EVALUATION[0]!r}, or give data.evaluation"
+    )
+
+
+def _unused(config: Config, channels: Channels, given: Collection[str]) -> Iterator[str]:
+    """A line for each channel of data whose folder no setting names."""
+    texts = _texts(config.model_dump(mode="json"))
+    named = [channel_of(text, channels) for text in texts if text.startswith(("/", "file:"))]
+    for channel in channels.values():
+        if channel in named or channel.name in NOT_DATA or channel.name.endswith(INDEX):
+            continue
+        reason = f"no setting names its folder, {channel.folder}"
+        for family, settings in ((TRAIN, OF_TRAINING), (EVALUATION, OF_EVALUATION)):
+            if channel.name in family:
+                said = [name for name in settings if name in given]
+                reason = f"{said[0]} is given and counts over it" if said else "another channel is taken in its place"
+        yield f"nothing uses channel {channel.name!r}: {reason}"
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    for each in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _texts(each)
 
 
 def _refuse_unnamed(train: Channel | None, channels: Channels) -> None:

@@ -9,7 +9,7 @@ from dltrain.errors import UserError
 
 _EFA = ("p3dn.24xlarge", "p4d.24xlarge", "p4de.24xlarge")
 _EFA_FAMILIES = ("p5", "p5e", "p5en", "p6-b200", "p6-b300", "p6e-gb200")
-"""Instances whose hosts talk past the kernel; of the families all but their smallest."""
+"""Instances whose hosts talk past the kernel; of the families every size, down to p5.4xlarge with its one adapter."""
 
 _SIMPLE = ("p3dn.24xlarge", "p4d.24xlarge", "p4de.24xlarge")
 """Where NCCL's low-latency protocols do not work over EFA, and its plugin does not choose by itself."""

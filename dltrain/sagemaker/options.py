@@ -126,5 +126,14 @@ def read_options(file: Path | None, given: Mapping[str, Any]) -> JobOptions:
     try:
         return JobOptions.model_validate({**tree, **given})
     except ValidationError as error:
-        where = f" (in {file})" if file is not None else ""
-        raise UserError(explain(error).replace("--", "", 1) + where) from None
+        raise UserError(_placed(error, file, given)) from None
+
+
+def _placed(error: ValidationError, file: Path | None, given: Mapping[str, Any]) -> str:
+    """The complaint, and where the value stands: an option keeps its dashes, one of the file has the file's name."""
+    place, told = error.errors()[0]["loc"], explain(error)
+    if place and place[0] in given:
+        name = str(place[0])
+        return told.replace(f"--{name}", f"--{name.replace('_', '-')}", 1)
+    also = " and of the command line" if given and not place else ""
+    return told.removeprefix("--") + (f" (in {file}{also})" if file is not None else "")

@@ -25,6 +25,9 @@ C = TypeVar("C", bound=Config)
 RUNS = "runs"
 """Below the folder of the job's output."""
 
+GRACE = 110.0
+"""Seconds that ranks have to save: SageMaker kills 120 after its signal."""
+
 ALIVE = 600.0
 """Seconds for which a run's last record is a sign of life."""
 
@@ -32,12 +35,13 @@ ALIVE = 600.0
 def placed(config: C, job: TrainingJob, given: Collection[str]) -> C:
     """The config with folder and resume of the run set, where neither the config nor ``given`` names say anything."""
     run, usual = config.run, Run()
-    changes = {}
+    changes: dict[str, Any] = {}
     if "run.folder" not in given and run.folder == usual.folder:
         changes["folder"] = str(_folder(job))
     if "run.resume" not in given and run.resume == usual.resume:
         changes["resume"] = "auto"
-    return config.replace(run=run.replace(**changes)) if changes else config
+    changes["grace"] = min(run.grace, GRACE)
+    return config.replace(run=run.replace(**changes))
 
 
 def kept(settings: Mapping[str, Any], job: TrainingJob) -> dict[str, Any]:

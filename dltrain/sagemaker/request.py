@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dltrain.config import Config, Run
 from dltrain.errors import UserError
 from dltrain.hooks.printed import definitions
-from dltrain.sagemaker.channels import CODE, FAST_FILE, FILE, PIPE, TRAIN
-from dltrain.sagemaker.code import is_users, place_in
+from dltrain.sagemaker.channels import CODE, FAST_FILE, FILE, PIPE, TRAIN, Channel, apply_channels
+from dltrain.sagemaker.code import REQUIREMENTS, Code, is_users, place_in
 from dltrain.sagemaker.folders import BASE
 from dltrain.sagemaker.limits import check
 from dltrain.sagemaker.network import variables_for
@@ -38,6 +38,7 @@ def build(recipe: str, preset: str, settings: Mapping[str, Any], config: Config,
     from dltrain.metrics.known import scores  # which imports torch
 
     _refuse_missing(options)
+    config = with_channels(config, settings, options)
     _refuse_what_fails(config, options)
     name = options.name or job_name(recipe, preset)
     base = address_of(name, options)
@@ -100,6 +101,15 @@ def settings_here(settings: Mapping[str, Any], options: JobOptions) -> dict[str,
     if not options.checkpoints:
         raise UserError(f"run.resume is {run!r}; say among which checkpoints it lies: --checkpoints s3://bucket/prefix")
     return {**settings, "run.resume": "auto"}
+
+
+def with_channels(
+    config: Config, settings: Mapping[str, Any], options: JobOptions, tell: Callable[[str], None] = lambda line: None
+) -> Config:
+    """The config that the container will have: its channels count as :func:`apply_channels` says."""
+    folders = {name: Channel(name, Path(BASE) / "input" / "data" / name) for name in options.channels}
+    given = [name.replace("__", ".") for name, value in settings.items() if value not in ("", None)]
+    return apply_channels(config, folders, given, tell)  # an empty hyperparameter does not arrive
 
 
 def address_of(name: str, options: JobOptions) -> str:
@@ -174,6 +184,21 @@ def _refuse_lost(config: Config, options: JobOptions) -> None:
         raise UserError(
             f"run.stop_file is {config.run.stop_file!r}, and nobody can put a file into the container: leave it out, "
             "and stop the job by aws sagemaker stop-training-job"
+        )
+
+
+def refuse_packages(code: Code, options: JobOptions) -> None:
+    """Raises :class:`UserError` where the code asks for packages and the container would have no network to get them,
+    unless they are to come from the code itself."""
+    if not options.isolate or REQUIREMENTS not in code.files:
+        return
+    lines = [line.strip() for line in (code.folder / REQUIREMENTS).read_text(errors="replace").splitlines()]
+    asked = [line for line in lines if line and not line.startswith("#")]
+    if asked and "--no-index" not in asked:
+        raise UserError(
+            f"--isolate leaves the container no network, and {REQUIREMENTS} asks for {asked[0]!r}: put its packages "
+            f"into the image and leave it out by --ignore {REQUIREMENTS}, or bring wheels beside it and begin it with "
+            "--no-index and --find-links FOLDER"
         )
 
 

@@ -21,7 +21,7 @@ from dltrain.runtime.environment import Environment
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import REQUIREMENTS, is_users, read_code
 from dltrain.sagemaker.options import JobOptions
-from dltrain.sagemaker.request import build, settings_here
+from dltrain.sagemaker.request import build, refuse_packages, settings_here
 
 CONTAINER, SCRIPT = "container", "script"
 """What is started: our own entry point, or the recipe's file by what the SDK brings."""
@@ -78,6 +78,7 @@ def described(recipe: str, preset: str, settings: Mapping[str, Any], options: Jo
     script, folder = file.name, file.parent if entry == SCRIPT else None
     if is_users(recipe):
         code = read_code(recipe, options.source, options.ignore)
+        refuse_packages(code, options)
         script, folder = code.recipe, code.folder
     return SdkJob(request, entry, script, folder, options.bucket, options.nproc)
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from importlib.util import find_spec
 from pathlib import Path
 
 from dltrain.config import Config, split_arguments
@@ -20,6 +26,18 @@ from dltrain.sagemaker.code import REQUIREMENTS
 from dltrain.sagemaker.folders import Folders
 from dltrain.sagemaker.placing import kept
 from dltrain.sagemaker.training_job import TrainingJob
+
+KEPT = ("torch", "torchvision", "deepspeed", "numpy", "dltrain")
+"""Packages that the user's requirements must leave as they are: another torch would not fit the image's CUDA."""
+
+MOST_SAID = 400
+"""Characters of an installer's complaint: the whole reason of a failure has 1,024."""
+
+PATIENCE = 60.0
+"""Seconds that nvidia-smi may take: the driver of a host that has just started is slow."""
+
+_WITH_GPUS = re.compile(r"(ml\.)?(p|gr?)\d")
+"""Begins the types of instances that have GPUs of NVIDIA's: ml.p5.48xlarge, ml.g4dn.xlarge, ml.g5g.xlarge."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +52,49 @@ class Start:
 
 
 def install_requirements(job: TrainingJob) -> None:
-    """What ``requirements.txt`` beside the user's recipe asks for. Raises :class:`UserError` where pip fails."""
+    """What ``requirements.txt`` beside the user's recipe asks for, as far as the image's torch and what belongs to it
+    stay as they are. Raises :class:`UserError` where it cannot be installed."""
     files = [folder / REQUIREMENTS for folder in code_folders(job.folders)]
     for file in (each for each in files if each.is_file()):
         print(f"dltrain: installing {file}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-r", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        kept = [f"{name}=={version}" for name in KEPT if (version := _installed(name))]
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+            constraints.write("\n".join(kept))
+            constraints.flush()
+            command = [*_installer(file), "--quiet", "--constraint", constraints.name, "--requirement", str(file)]
+            done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            said = (done.stderr or done.stdout).strip().splitlines()
             raise UserError(
-                f"{file} cannot be installed: {said[-1] if said else done.returncode}; with network isolation, or "
-                "without a route to a package index, packages must be in the image"
+                f"{file} cannot be installed: {_reason(done)}; {', '.join(kept)} stay as the image has them, and with "
+                "network isolation, or without a route to a package index, packages must be in the image"
             )
+
+
+def _installed(name: str) -> str:
+    try:
+        return version_of(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _installer(file: Path) -> list[str]:
+    """pip of this Python, or uv, by which images are made that have no pip. Raises :class:`UserError`."""
+    if find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    uv = shutil.which("uv")
+    if uv is None:
+        raise UserError(
+            f"{file} cannot be installed: the image has neither pip nor uv; put one of them into it, or the packages"
+        )
+    return [uv, "pip", "install", "--python", sys.executable]
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """pip's first complaint, for the last is an address of its manual; uv makes one sentence over several lines."""
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
+    complaints = [line for line in lines if line.startswith("ERROR:")]
+    words = complaints[0].removeprefix("ERROR:") if complaints else " ".join(lines)
+    return " ".join(words.split())[:MOST_SAID] or f"status {done.returncode}"
 
 
 def code_folders(folders: Folders) -> list[Path]:
@@ -74,12 +123,12 @@ def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
             f"the job's groups are of {' and '.join(sorted(kinds))}, and every host must run the same number of ranks: "
             "give nproc, or take instances of one type"
         )
-    nproc = int(known.nproc) if known.nproc else gpus() or 1
+    nproc = int(known.nproc) if known.nproc else gpus(job.instance_type) or 1
     name = _in_the_code(known.recipe)
     file = Path(known.config) if known.config else None
     settings = kept({**job.hyperparameters.settings, **overrides}, job)
     config = declarations(name).configure(known.preset, settings, file)
-    config = apply_channels(config, job.channels)
+    config = apply_channels(config, job.channels, settings)  # rank 0 tells what follows from it
     check_layout(config, Environment(0, nproc * len(job.hosts), 0, nproc))
     options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--config={file}"] * bool(file)
     options += [f"--{key}={value}" for key, value in overrides.items()]
@@ -93,10 +142,25 @@ def _in_the_code(recipe: str) -> str:
     return str(found[0]) if found else recipe
 
 
-def gpus() -> int:
-    """GPUs of this host, without torch: asking it would hold memory on each."""
+def gpus(instance_type: str) -> int:
+    """GPUs of this host, without torch: asking it would hold memory on each.
+
+    Raises :class:`UserError` where nvidia-smi cannot tell on an instance of a type that has some: a rank on its CPU
+    would be as dear as all of its GPUs.
+    """
     try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=PATIENCE)
+    except OSError as error:
+        found, seen = 0, f"nvidia-smi cannot be started ({error.strerror})"
+    except subprocess.TimeoutExpired:
+        found, seen = 0, f"nvidia-smi has not answered within {PATIENCE:g} s"
+    else:
+        found = sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if not done.returncode else 0
+        said = " ".join((done.stderr or done.stdout).split())[:MOST_SAID]
+        seen = f"nvidia-smi ended with status {done.returncode}: {said}" if done.returncode else "nvidia-smi lists none"
+    if not found and _WITH_GPUS.match(instance_type):
+        raise UserError(
+            f"{instance_type} has GPUs, and none are seen here: {seen}; take an image with NVIDIA's CUDA, as those of "
+            "launch/Dockerfile are, or start the job again on another host; nproc starts so many ranks all the same"
+        )
+    return found

@@ -12,11 +12,11 @@ from dltrain.sagemaker.training_job import TrainingJob
 def verdict(job: TrainingJob, ending: Ending) -> int:
     """Say what happened, in the log and in the failure file; returns the exit status."""
     if ending.failure is not None:
-        print(ending.told, file=sys.stderr, flush=True)
         write_failure(job.folders, ending.failure, job.host, job.hosts)
+        print(ending.told, file=sys.stderr, flush=True)
     elif ending.told:
-        print(f"dltrain: {ending.told}", file=sys.stderr, flush=True)
         write_reason(job.folders, ending.told)
+        print(f"dltrain: {ending.told}", file=sys.stderr, flush=True)
     elif ending.status:
         why = f"the ranks of {job.host} could not be started (status {ending.status}); the log says why"
         write_reason(job.folders, why)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from dltrain.runtime.ending import Ending, ending_of, is_of_peers
 from dltrain.runtime.minding import Minded
+from dltrain.runtime.word import Failure
 
 
 def ending(words: Path, status: int, signalled: str = "", forced: bool = False) -> Ending:
@@ -47,3 +51,41 @@ def test_hosts_that_met_and_lost_their_first_have_not_failed_to_meet(tmp_path: P
     assert found.told.startswith("dltrain: the first host is gone: RendezvousConnectionError: lost")
     assert found.failure is not None
     assert is_of_peers(found.failure)
+
+
+def left(words: Path, failure: Failure) -> None:
+    (words / f"rank-{failure.rank}.json").write_text(json.dumps(asdict(failure)))
+
+
+def test_a_save_that_fails_at_a_signal_is_the_failure(tmp_path: Path) -> None:
+    (tmp_path / "ready-0").write_text("12")
+    left(tmp_path, Failure(0, "the traceback", 1, "OSError: [Errno 28] No space left on device", time=2.0))
+    left(tmp_path, Failure(1, "its traceback", 1, "RuntimeError: Connection closed by peer [10.0.0.2]:47", time=1.0))
+    found = ending(tmp_path, 1, "SIGTERM")
+    assert (found.status, found.told) == (1, "the traceback")
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_what_all_have_saved_is_a_stop_whatever_comes_then(tmp_path: Path, forced: bool) -> None:
+    (tmp_path / "stopped-0.json").write_text(json.dumps({"reason": "SIGTERM", "step": 7}))
+    left(tmp_path, Failure(1, "its traceback", 1, "RuntimeError: Connection closed by peer [10.0.0.2]:47"))
+    assert ending(tmp_path, -9, "SIGTERM", forced).status == 75
+    left(tmp_path, Failure(0, "the traceback", 1, "ValueError: in a hook's last words"))
+    assert ending(tmp_path, 1, "SIGTERM", forced).status == 1
+
+
+def test_a_signal_that_found_hosts_gone_saved_nothing(tmp_path: Path) -> None:
+    (tmp_path / "ready-0").write_text("12")
+    left(tmp_path, Failure(0, "its traceback", 1, "RuntimeError: Connection closed by peer [10.0.0.2]:47"))
+    found = ending(tmp_path, 1, "SIGTERM")
+    assert (found.status, found.told) == (
+        130, "SIGTERM came and nothing was saved at it: the last committed checkpoint counts")  # fmt: skip
+    (tmp_path / "running-0").touch()
+    assert "ranks were not done in time" in ending(tmp_path, -9, "SIGTERM", forced=True).told
+    assert ending(tmp_path, 1).told == "its traceback"  # without a signal it is all that is known
+
+
+def test_an_agent_that_is_killed_is_told(tmp_path: Path) -> None:
+    found = ending(tmp_path, -9)
+    assert found.status == 137
+    assert found.told.startswith("dltrain: torchrun's agent was ended by SIGKILL; checkpoints")

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ MIND = """
 import json, os, pathlib, sys, threading, time
 import psutil
 from dltrain.runtime import minding
-minding.LAST, minding.UNREADY = 1.0, 0.5
+minding.LAST, minding.UNREADY, minding.LINGER, minding.LINGER_SIGNALLED, minding.LOOK = 1.0, 0.5, 1.5, 0.3, 0.1
 folder, code, grace, mark = pathlib.Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
 watched = minding.Minded([sys.executable, "-c", code, str(folder)], dict(os.environ), folder, grace)
 def signal_when():
@@ -77,3 +78,31 @@ def test_one_that_does_not_listen_yet_has_nothing_to_save(tmp_path: Path) -> Non
     code = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'begun').touch(); time.sleep(60)"
     found = minded(tmp_path, code, mark="begun")
     assert found == {"status": -signal.SIGTERM, "signalled": "SIGTERM", "forced": True, "left": 0}
+
+
+AGENT = """
+import pathlib, signal, subprocess, sys, time
+folder = pathlib.Path(sys.argv[1])
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+(folder / "ready-0").write_text(str(rank.pid))
+rank.wait()
+{running}
+time.sleep(60)
+"""
+
+
+def test_a_command_that_stays_when_its_ranks_have_left_is_let_go(tmp_path: Path) -> None:
+    found = minded(tmp_path, AGENT.format(running=""))
+    assert found == {"status": 0, "signalled": "", "forced": False, "left": 0}
+
+
+def test_after_a_signal_it_is_let_go_sooner_than_by_force(tmp_path: Path) -> None:
+    began = time.monotonic()
+    found = minded(tmp_path, AGENT.format(running=""), grace=40.0, mark="ready-0")
+    assert found == {"status": 0, "signalled": "SIGTERM", "forced": False, "left": 0}
+    assert time.monotonic() - began < 30
+
+
+def test_one_whose_ranks_died_at_work_ends_by_itself(tmp_path: Path) -> None:
+    code = AGENT.format(running="(folder / 'running-0').touch(); time.sleep(3); sys.exit(4)")
+    assert minded(tmp_path, code)["status"] == 4

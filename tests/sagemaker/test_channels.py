@@ -10,6 +10,7 @@ import pytest
 
 from dltrain.config import Config, Data, Length, Parallel, Run
 from dltrain.config.tree import Checkpoint, Evaluation, Source
+from dltrain.data.bundled import build
 from dltrain.errors import UserError
 from dltrain.runtime.environment import Environment
 from dltrain.sagemaker.channels import (
@@ -22,6 +23,7 @@ from dltrain.sagemaker.channels import (
     refuse_resume,
     special_channel,
 )
+from tests.conftest import TINY, Cli
 
 # as the platform writes it (developer guide, "How Amazon SageMaker provides training information")
 DESCRIBED = {
@@ -114,10 +116,83 @@ def test_data_left_empty_are_taken_from_the_channels() -> None:
     assert (found.data.train, found.data.evaluation) == ("/ml/training", "/ml/test")
     both = apply_channels(Config(), channels(train="File", training="File", validation="File", test="File"))
     assert (both.data.train, both.data.evaluation) == ("/ml/train", "/ml/validation")
-    given = Config(data=Data(train="s3://bucket/a", evaluation="s3://bucket/b"))
-    assert apply_channels(given, channels(train="File", test="File")) == given
-    mixture = Config(data=Data(sources=(Source(url="s3://bucket/a"),)))
-    assert apply_channels(mixture, channels(train="File")).data.train == ""
+    half = Config(data=Data(evaluation="s3://bucket/b"))
+    assert apply_channels(half, channels(train="File")).data.evaluation == "s3://bucket/b"  # nothing gave way to it
+
+
+PRESET = Config(data=Data(train="bundled://digits/train", evaluation="bundled://digits/heldout"))
+MIXTURE = Config(data=Data(sources=(Source(url="s3://bucket/a"),)))
+BOTH = {"train": "File", "validation": "File"}
+
+
+@pytest.mark.parametrize(
+    ("config", "known", "given", "train", "evaluation", "told"),
+    [
+        (PRESET, BOTH, (), "/ml/train", "/ml/validation", []),
+        (MIXTURE, BOTH, (), "/ml/train", "/ml/validation", []),
+        (PRESET, {"test": "File"}, (), "bundled://digits/train", "/ml/test", []),
+        (PRESET, {"training": "File"}, (), "/ml/training", "", ["nothing is evaluated: the held-out data of the pre"]),
+        (PRESET, {"train": "File"}, ("data.evaluation",), "/ml/train", "bundled://digits/heldout", []),
+        (
+            PRESET,
+            BOTH,
+            ("data.train", "data.evaluation"),
+            "bundled://digits/train",
+            "bundled://digits/heldout",
+            [
+                "nothing uses channel 'train': data.train is given and counts over it",
+                "nothing uses channel 'validation': data.evaluation is given and counts over it",
+            ],
+        ),
+        (
+            MIXTURE,
+            {"train": "File"},
+            ("data.sources",),
+            "",
+            "",
+            ["nothing uses channel 'train': data.sources is given"],
+        ),
+    ],
+    ids=["both", "mixture", "evaluation alone", "train alone", "evaluation given", "all given", "mixture given"],
+)
+def test_a_channel_counts_over_a_preset_and_a_setting_over_the_channel(
+    config: Config, known: dict[str, str], given: tuple[str, ...], train: str, evaluation: str, told: list[str]
+) -> None:
+    lines: list[str] = []
+    found = apply_channels(config, channels(**known), given, lines.append).data
+    assert (found.train, found.evaluation) == (train, evaluation)
+    assert [line.startswith(start) for line, start in zip(lines, told, strict=True)] == [True] * len(told)
+
+
+def test_an_address_inside_a_channel_stays() -> None:
+    config = Config(data=Data(train="/ml/train/part", evaluation="/ml/train/held-out"))
+    assert apply_channels(config, channels(train="File", test="File")).data.train == "/ml/train/part"
+    assert apply_channels(config, channels(train="File")) == config
+
+
+def test_a_channel_that_nothing_uses_is_told() -> None:
+    lines: list[str] = []
+    known = channels(
+        train="File", training="File", extra="File", weights="File", code="File", **{"train-index": "File"}
+    )
+    config = PRESET.replace(model=PRESET.model.replace(weights="/ml/weights/a.safetensors"))
+    apply_channels(config, known, ("data.evaluation",), lines.append)
+    assert lines == [
+        "nothing uses channel 'training': another channel is taken in its place",
+        "nothing uses channel 'extra': no setting names its folder, /ml/extra",
+    ]
+
+
+def test_ranks_train_on_the_channel_and_rank_0_tells_what_follows(cli: Cli, tmp_path: Path) -> None:
+    build("digits", str(tmp_path / "digits"))
+    variables = {"SM_CHANNELS": '["train","extra"]', "SM_INPUT_CONFIG_DIR": str(tmp_path)}
+    variables |= {"SM_CHANNEL_TRAIN": str(tmp_path / "digits" / "heldout")}
+    words = ("train", TINY, "--preset", "small", "--run.length", "5st", "--run.name", "x")
+    done = cli(*words, **variables)
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "runs" / "x" / "run.json").read_text())["config"]["data"]["train"].endswith("heldout")
+    assert "warning: nothing is evaluated: the held-out data of the preset" in done.err
+    assert "warning: nothing uses channel 'extra'" in done.err
 
 
 def test_a_channel_whose_name_says_nothing_is_told() -> None:

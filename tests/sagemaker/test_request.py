@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import pytest
 from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
-from dltrain.config import Config, load_overrides
+from dltrain.config import Config, Data, load_overrides
 from dltrain.errors import UserError
-from dltrain.sagemaker.following import LOGS, Followed
 from dltrain.sagemaker.hyperparameters import read_hyperparameters
 from dltrain.sagemaker.options import JobOptions, read_options
 from dltrain.sagemaker.prices import Bill, Prices, read_prices
@@ -112,6 +110,22 @@ def test_a_recipe_of_the_users_is_named_by_its_place_in_the_source() -> None:
         made(recipe=TINY, source=str(folder.parent / "sagemaker"))
 
 
+def test_a_channel_takes_the_place_of_the_presets_data_in_the_request_too(cli: Cli) -> None:
+    data = Data(train="/of/a/preset", evaluation="s3://of/a/preset")
+    options = JobOptions(**OPTIONS, channels={"train": "s3://data/t"}, isolate=True)
+    assert build("image/classify", "digits", {}, Config(data=data), options)["InputDataConfig"]
+    given = {"data.train": "s3://data/digits"}
+    with pytest.raises(UserError, match="s3://data/digits is read over it"):
+        build("image/classify", "digits", given, load_overrides(Config(), given), options)
+    words = ("launch", "sagemaker", "image/classify", "--preset", "digits", *GIVEN, "--dry-run")
+    alone = cli(*words, "--channels", "{train: 's3://data/t'}")
+    assert alone.status == 0, alone.err
+    assert "warning: nothing is evaluated" in alone.err
+    both = cli(*words, "--channels", "{train: 's3://data/t'}", "--data.train", "s3://data/digits")
+    assert both.status == 0, both.err
+    assert "warning: nothing uses channel 'train': data.train is given and counts over it" in both.err
+
+
 MANY = {f"model.a{number}": 1 for number in range(100)}
 
 
@@ -194,6 +208,19 @@ def test_options_in_a_file_are_checked(tmp_path: Path, given: dict[str, Any], wo
         read_options(file, {})
 
 
+def test_a_mistake_is_placed_where_its_value_came_from(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("count: 2\ninstance_type: [1]\nspot: true\nwait_hours: 3\n")
+    with pytest.raises(UserError, match=rf"^instance_type is \[1\]: .* \(in {file}\)$"):
+        read_options(file, {"max_hours": "1"})
+    with pytest.raises(UserError, match=r"^--max-hours is 'two': .* number$"):
+        read_options(file, {"instance_type": "ml.g5.xlarge", "max_hours": "two"})
+    with pytest.raises(
+        UserError, match=rf"wait_hours is 3, less than max_hours 4 \(in {file} and of the command line\)"
+    ):
+        read_options(file, {"instance_type": "ml.g5.xlarge", "max_hours": "4"})
+
+
 def test_a_price_has_its_source_and_date(tmp_path: Path) -> None:
     table = tmp_path / "prices.yaml"
     table.write_text("source: our contract\ndate: 2026-11-01\nusd_per_hour: {ml.p5.48xlarge: 50}\n")
@@ -254,6 +281,19 @@ def test_a_dry_run_tells_what_would_be_uploaded(cli: Cli, tmp_path: Path, s3: S3
     assert "code: 1 file(s), 0.0 MB, of ." in cli(*words, "--ignore", "weights.bin", **s3.variables).err
 
 
+def test_packages_to_be_fetched_without_a_network_are_refused(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(Path(TINY).read_text())
+    (tmp_path / "requirements.txt").write_text("# ours\ntimm==1.0\n")
+    words = ("launch", "sagemaker", "mine.py", "--preset", "small", "--dry-run", *GIVEN)
+    assert cli(*words).status == 0
+    refused = cli(*words, "--isolate")
+    assert (refused.status, refused.out) == (2, "")
+    assert "no network, and requirements.txt asks for 'timm==1.0'" in refused.err
+    assert cli(*words, "--isolate", "--ignore", "requirements.txt").status == 0
+    (tmp_path / "requirements.txt").write_text("--no-index\n--find-links wheels\ntimm==1.0\n")
+    assert cli(*words, "--isolate").status == 0
+
+
 def test_a_run_to_go_on_with_is_among_the_jobs_checkpoints(cli: Cli) -> None:
     words = (*WORDS, *GIVEN, "--dry-run", "--run.resume", "run-1")
     assert "run.resume is 'run-1'; say among which checkpoints it lies" in cli(*words).err
@@ -281,39 +321,3 @@ def test_a_job_is_started_with_its_code_and_followed_to_its_end(cli: Cli, s3: S3
     assert nowhere.status == 2
     assert "nowhere" in nowhere.err
     assert "Traceback" not in nowhere.err
-
-
-def test_status_and_lines_are_told_as_they_come(s3: S3Server) -> None:
-    region: dict[str, Any] = {"endpoint_url": s3.url, "region_name": "us-east-1"}
-    logs, client = boto3.client("logs", **region), boto3.client("sagemaker", **region)
-    with Stubber(client) as stub:
-        moves: list[dict[str, Any]] = [
-            {"Status": status, "StartTime": 0, "StatusMessage": message}
-            for status, message in (("Starting", "Launching"), ("Training", "Image downloaded"), ("Failed", ""))
-        ]
-        for seen, status in ((1, "InProgress"), (2, "InProgress"), (3, "Failed")):
-            required = {"TrainingJobArn": "arn:" + "x" * 20, "TrainingJobName": "followed", "CreationTime": 0}
-            required |= {
-                "ModelArtifacts": {"S3ModelArtifacts": "s3://bkt/m"},
-                "SecondaryStatus": moves[seen - 1]["Status"],
-            }
-            required |= {"ResourceConfig": {"VolumeSizeInGB": 1}, "StoppingCondition": {}}
-            required |= {"AlgorithmSpecification": {"TrainingInputMode": "File"}}
-            reason = {"FailureReason": "rank 0: no"} if status == "Failed" else {}
-            told = {"TrainingJobStatus": status, "SecondaryStatusTransitions": moves[:seen]}
-            stub.add_response("describe_training_job", {**required, **told, **reason})
-        lines: list[str] = []
-        logs.create_log_group(logGroupName=LOGS)
-        for host in ("algo-1", "algo-2"):
-            stream = f"followed/{host}-1700000000"
-            logs.create_log_stream(logGroupName=LOGS, logStreamName=stream)
-            event = {"timestamp": int(1000 * time.time()), "message": f"step 1 of {host}\n"}
-            logs.put_log_events(logGroupName=LOGS, logStreamName=stream, logEvents=[event])
-        assert Followed("followed", client, logs, lines.append, pause=0).until_ended() == ("Failed", "rank 0: no")
-    assert lines == [
-        "Starting: Launching",
-        "[algo-1] step 1 of algo-1",
-        "[algo-2] step 1 of algo-2",
-        "Training: Image downloaded",
-        "Failed",
-    ]

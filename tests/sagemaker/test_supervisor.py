@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -24,6 +25,17 @@ from tests.conftest import ROOT, TINY, Cli
 
 SETTINGS = {"recipe": TINY, "preset": "small", "nproc": 1}
 LONG = {**SETTINGS, "run__length": "100000st", "checkpoint__every": "0st", "evaluation__every": "0st"}
+
+FULL = """from dltrain.checkpoint.checkpointer import Checkpointer
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+Checkpointer.save = full
+"""
+"""Part of a recipe whose checkpoints find no room."""
 
 Hosts = dict[str, "subprocess.Popen[str]"]
 
@@ -111,6 +123,7 @@ def test_a_signal_to_one_host_of_two_saves_on_both_and_the_job_goes_on_later(tmp
         assert status == 75, printed
         assert "stopped at step" in made.failure(host)
         assert "SIGTERM" in made.failure(made.names[1])
+        assert json.loads((run_of(made) / "run.json").read_text())["reason"] == "SIGTERM"  # which rank 0 may not know
         assert "Traceback" not in printed
     parts = [{file.name for file in run_of(made, host).rglob("*.distcp")} for host in (0, 1)]
     assert parts == [{"__0_0.distcp"}, {"__1_0.distcp"}]  # each host has what its rank has saved
@@ -168,6 +181,38 @@ def test_a_rank_that_is_killed_is_told_with_what_it_mostly_means(tmp_path: Path)
     assert status == 128 + 9, printed
     assert made.failure(made.names[0]).startswith(f"rank 0 on {made.names[0]}: was ended by SIGKILL")
     assert "host's memory" in made.failure(made.names[0])
+
+
+@pytest.mark.slow
+def test_hosts_that_lose_an_agent_have_saved_and_end(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path, 2, LONG)
+    made.lay_down()
+    with started(made, {"TINY_PAUSE": "0.05"}) as hosts:
+        until(lambda: steps(made) > 5)
+        first, second = (hosts[host] for host in made.names)
+        (agent,) = (child for child in psutil.Process(second.pid).children() if "elastic" in " ".join(child.cmdline()))
+        agent.kill()  # its rank is told by the kernel, and all ranks stop
+        assert second.wait(60) == 75
+        asked = time.monotonic()
+        first.send_signal(signal.SIGTERM)  # whose agent waits for the other's
+        done = ended(hosts)
+        assert time.monotonic() - asked < 30
+    assert [status for status, _ in done.values()] == [75, 75]
+    assert all("stopped at step" in made.failure(host) for host in made.names)
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_at_a_signal_is_told(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(Path(TINY).read_text().replace("if __name__", f"{FULL}if __name__"))
+    made = Fabricated(tmp_path / "made", 1, {**LONG, "recipe": str(recipe)})
+    made.lay_down()
+    with started(made, {"TINY_PAUSE": "0.05"}) as hosts:
+        until(lambda: steps(made) > 5)
+        hosts[made.names[0]].send_signal(signal.SIGTERM)
+        ((status, printed),) = ended(hosts).values()
+    assert status == 1, printed
+    assert "OSError: [Errno 28] No space left on device. The disk is full" in made.failure(made.names[0])
 
 
 @pytest.mark.slow

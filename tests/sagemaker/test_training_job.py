@@ -193,7 +193,7 @@ def test_the_run_lies_where_sagemaker_keeps_it(tmp_path: Path) -> None:
     job = TrainingJob.read(variables)
     assert job is not None
     assert placed(Config(), job, ()).run.folder == str(tmp_path / "checkpoints")
-    assert placed(Config(), job, ("run.folder", "run.resume")).run == Config().run
+    assert placed(Config(), job, ("run.folder", "run.resume")).run == Config().run.replace(grace=110.0)
 
 
 def test_hosts_with_efa_use_it_and_the_user_may_say_otherwise() -> None:
