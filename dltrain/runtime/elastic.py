@@ -19,9 +19,12 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
+from dltrain.runtime.parent import stop_with_parent
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns 0, 1 after a failure, which the report tells of, or 128 and the signal that ended it."""
+    stop_with_parent()  # whose end would leave the ranks to themselves
     report, *words = arguments
     config, command, rest = config_from_args(parse_args(words))  # type: ignore[no-untyped-call]
     ranks: dict[str, int] = {}
