@@ -78,6 +78,7 @@ OF_THE_TOOLKIT = {
 OF_THE_DRIVERS = {
     "TrainingJobName": r"NAME-\d{14}",
     "AlgorithmSpecification.EnableSageMakerMetricsTimeSeries": NOTHING,  # the trainer has no word for it
+    "ProfilerConfig.DisableProfiler": NOTHING,  # nor for this
     "AlgorithmSpecification.ContainerEntrypoint": r"\['/bin/bash'\]",
     "AlgorithmSpecification.ContainerArguments": rf"\['-c', 'chmod \+x {SETUP} && {SETUP}'\]",
     "OutputDataConfig.CompressionType": "GZIP",
@@ -85,8 +86,8 @@ OF_THE_DRIVERS = {
     "InputDataConfig.sm_drivers": r".*s3://data/training/NAME/NAME-\d{14}/input/sm_drivers'.*",
 }
 DIFFERENT: dict[tuple[str, str], dict[str, str | None]] = {
-    ("v2", "container"): {"ProfilerConfig.DisableProfiler": "True"},
-    ("v2", "script"): {"ProfilerConfig.DisableProfiler": "True", **OF_THE_TOOLKIT},
+    ("v2", "container"): {},
+    ("v2", "script"): OF_THE_TOOLKIT,
     ("v3", "container"): OF_THE_DRIVERS,
     ("v3", "script"): {**OF_THE_DRIVERS, "HyperParameters.recipe": NOTHING, "HyperParameters.nproc": NOTHING},
 }
