@@ -11,7 +11,6 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -19,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from dltrain.runtime.ending import is_of_peers
 from dltrain.runtime.environment import Environment, rendezvous
-from dltrain.runtime.word import Failure, report_failure
+from dltrain.runtime.word import Failure, is_of_words, report_failure
 from dltrain.sagemaker.failure import write_failure
 from dltrain.sagemaker.training_job import TrainingJob
 
@@ -32,7 +31,10 @@ def environment_of_process() -> Environment:
     try:
         environment = Environment.read()
     except UserError as error:
-        print(f"dltrain: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "")
+        number = int(rank) if rank.isdecimal() else 0
+        if not report_failure(Failure.of(error, number, f"dltrain: error: {error}", EXIT_USER_ERROR)):
+            print(f"dltrain: error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     os.environ.update(rendezvous(environment, os.environ))
     return environment
@@ -57,7 +59,7 @@ def guarded(body: Any, environment: Environment) -> int:
     except KeyboardInterrupt as error:
         failure = Failure.of(error, rank, "dltrain: interrupted; the last saved checkpoint is whole", EXIT_INTERRUPTED)
     except SystemExit as error:
-        if _is_of_words(error):
+        if is_of_words(error):
             raise
         status = error.code if isinstance(error.code, int) and error.code else 1
         message = f"dltrain: rank {rank} left by sys.exit({error.code!r}) before its work was done"
@@ -70,11 +72,6 @@ def guarded(body: Any, environment: Environment) -> int:
         _leave_word(failure)
         print(failure.message, file=sys.stderr, flush=True)
     return failure.status
-
-
-def _is_of_words(error: SystemExit) -> bool:
-    """Whether argparse ends it: for help, or after words that it does not know."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).name == "argparse.py"
 
 
 def _leave_word(failure: Failure) -> None:

@@ -138,7 +138,7 @@ def _record_start(job: Job, run: RunFolder, dataset: Dataset) -> None:
     if job.of is not None:
         record["job"] = job.of.name
     if run.record.is_file():
-        record["created"] = run.read()["created"]
+        record |= {"created": run.read()["created"], "reason": ""}
     run.update(**record)
     storage.write(str(run.config), to_yaml(job.config).encode())
     storage.write(str(run.recipe), Path(inspect.getfile(job.task)).read_bytes())

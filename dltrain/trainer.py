@@ -103,8 +103,8 @@ class Trainer:
             return self._fit()
         except BrokenOff:
             return self._interrupt(NOTHING if self._finished() else Request.EVALUATE)
-        except Exception as error:
-            error.dltrain_step = self._at  # type: ignore[attr-defined]  # who tells of it says where it was
+        except (Exception, SystemExit) as error:
+            error.dltrain_step = self._at  # type: ignore[union-attr]  # who tells of it says where it was
             raise
 
     def _fit(self) -> str:

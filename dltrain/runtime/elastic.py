@@ -9,6 +9,7 @@ object besides: ``ranks`` of this host that failed with their statuses, and ``re
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from dltrain.runtime.parent import stop_with_parent
 
 def main(arguments: Sequence[str]) -> int:
     """Returns 0, 1 after a failure, which the report tells of, or 128 and the signal that ended it."""
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # ranks tell more
     stop_with_parent()  # whose end would leave the ranks to themselves
     report, *words = arguments
     config, command, rest = config_from_args(parse_args(words))  # type: ignore[no-untyped-call]

@@ -20,13 +20,13 @@ from dltrain.runtime.minding import Minded
 from dltrain.runtime.word import Failure, failures_in, ready_in, running_in, stopped_in
 
 _PEERS = re.compile(
-    r"closed by (remote )?peer|reset by peer|recvBytes|recvValue|broken pipe|NCCL.*(remote|abort|unhandled)|"
+    r"closed by (remote )?peer|reset by peer|recvBytes|recvValue|broken pipe|NCCL.*(remote|abort)|"
     r"ncclRemoteError|connectFullMesh|DistNetworkError|no longer available|Did the remote server|first host is gone",
     re.IGNORECASE,
 )
 """What errors say of a rank whose peers are gone."""
 
-_OF_TORCH = re.compile(r"RuntimeError|Dist\w*Error|the first host is gone")
+_OF_TORCH = re.compile(r"(\w+\.)*(RuntimeError|Dist\w*Error|the first host is gone)")
 """Begins those: a connection to a store breaks by other words."""
 
 
@@ -52,6 +52,8 @@ def ending_of(minded: Minded, status: int, words: Path, report: Path, apart: str
     own = [failure for failure in failures if not is_of_peers(failure)]
     if stop is not None and not own:  # all ranks have saved it, whatever became of them then
         why = stop["reason"] or minded.signalled or "another host was asked to"
+        if status < 0 and not minded.signalled:
+            why = f"{_agent_ended(status)}, mostly because the host's memory was used up"
         again = "start it again with the same checkpoints to go on"
         return Ending(EXIT_STOPPED, f"stopped at step {stop['step']} and saved ({why}); {again}")
     if own or (failures and not minded.signalled):
@@ -63,10 +65,14 @@ def ending_of(minded: Minded, status: int, words: Path, report: Path, apart: str
         first = _dead(min(left), 0)
         return Ending(first.status, first.message, first)
     if status < 0:
-        how = f"torchrun's agent was ended by {signal.Signals(-status).name}"
+        how = _agent_ended(status)
         first = Failure(0, f"dltrain: {how}; checkpoints that ranks had saved are whole", 128 - status, how)
         return Ending(first.status, first.message, first)
     return Ending(status)
+
+
+def _agent_ended(status: int) -> str:
+    return f"torchrun's agent was ended by {signal.Signals(-status).name}"
 
 
 def _failures(minded: Minded, words: Path, report: Path, apart: str) -> list[Failure]:

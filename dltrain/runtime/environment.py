@@ -71,16 +71,16 @@ def _numbered(variables: Mapping[str, str], names: tuple[str, ...], launcher: st
         raise UserError(f"{', '.join(names[:-1])} and {names[-1]} must be whole numbers: {error}") from None
     if names[-1] not in variables and world > 1:
         local_world = world
-    if not 0 <= rank < world or local_world < 1 or world % local_world:
-        raise UserError(
-            f"{names[0]} is {rank}, {names[1]} {world}, {names[3]} {local_world}: ranks must lie in the world and "
-            "every host must run the same number of ranks"
-        )
     hosts = int(variables.get(HOSTS) or 0) if launcher == "torchrun" else 0
     if hosts and hosts * local_world != world:
         raise UserError(
             f"this host runs {local_world} rank(s) of {world}, and there are {hosts} hosts: every host must run the "
             "same number; take hosts of one kind, or give the same --nproc (--nproc-per-node of torchrun) on each"
+        )
+    if not 0 <= rank < world or local_world < 1 or world % local_world:
+        raise UserError(
+            f"{names[0]} is {rank}, {names[1]} {world}, {names[3]} {local_world}: ranks must lie in the world and "
+            "every host must run the same number of ranks"
         )
     alone = world == 1 and launcher != "torchrun"
     return Environment(rank, world, local, local_world, "" if alone else launcher, head)

@@ -18,8 +18,8 @@ from dltrain.errors import UserError
 PORT = 7777
 """Where the first host listens for the others, as in SageMaker's own containers."""
 
-RANK = ("-m", "dltrain.runtime.rank")
-"""What a rank is for torchrun: the module that runs the recipe."""
+RANK = ("--no-python", sys.executable, "-u", "-P", "-m", "dltrain.runtime.rank")
+"""What a rank is for torchrun: the module that runs the recipe. Of the working folder nothing is imported before."""
 
 WAIT = "DLTRAIN_HOSTS_TIMEOUT"
 """Variable: seconds that hosts have to come, 600 if it is not set."""
@@ -76,7 +76,7 @@ def addresses(host: str) -> set[str]:
 def agent(report: Path, nproc: int, hosts: int, head: str, address: str, job: str) -> list[str]:
     """torchrun's own words, to which a recipe and its words are added: all hosts meet at ``head`` (host:port), which is
     the one of that ``address``."""
-    words = [sys.executable, "-m", "dltrain.runtime.elastic", str(report), f"--nproc-per-node={nproc}"]
+    words = [sys.executable, "-P", "-m", "dltrain.runtime.elastic", str(report), f"--nproc-per-node={nproc}"]
     words.append(f"--log-dir={report.parent / 'agent'}")  # whose own folder it would leave behind
     if hosts == 1:
         return [*words, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *RANK]  # a free port

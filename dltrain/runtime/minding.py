@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from dltrain.runtime.word import ready_in, running_in
+from dltrain.runtime.word import ready_in, running_in, stopped_in
 
 _PR_SET_CHILD_SUBREAPER = 36  # of <sys/prctl.h>
 
@@ -29,9 +29,9 @@ UNREADY = 5.0
 LAST = 5.0
 """Seconds between the last request to end and the end by force."""
 
-LINGER, LINGER_SIGNALLED = 120.0, 10.0
+LINGER, LINGER_STOPPED = 120.0, 10.0
 """Seconds that a command may stay when all of its ranks have left: torchrun's agent waits five minutes for those of a
-host that is gone. Less after a signal."""
+host that is gone. Less where they were asked to stop."""
 
 PAUSE, LOOK = 0.05, 1.0
 """Seconds between two rounds, and between looks at what there is on the machine."""
@@ -122,7 +122,8 @@ class Minded:
             self._idle = 0.0
             return
         self._idle = self._idle or now
-        over = now - self._idle - (LINGER_SIGNALLED if self.signalled else LINGER)
+        stopped = self.signalled or stopped_in(self._folder) is not None
+        over = now - self._idle - (LINGER_STOPPED if stopped else LINGER)
         if over > 0:
             self._end(process)
         if over > LAST:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 
@@ -12,4 +13,7 @@ _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 def stop_with_parent() -> None:
     """Have the kernel send this process SIGTERM when its parent ends; on Linux alone."""
     if sys.platform == "linux":
+        parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has ended in between
+            os.kill(os.getpid(), signal.SIGTERM)

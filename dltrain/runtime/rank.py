@@ -14,18 +14,22 @@ import sys
 import traceback
 from pathlib import Path
 
-from dltrain.runtime.word import Failure, has_failed, report_failure
+from dltrain.runtime.word import Failure, has_failed, is_of_words, report_failure
 
 
 def main() -> None:
     """Run the recipe as ``python recipe.py ...`` does: ``__main__``, its folder first on the path, the same words."""
     recipe = sys.argv[1]
     sys.argv = sys.argv[1:]
-    sys.path[0] = str(Path(recipe).resolve().parent)  # which was the working folder, for ``-m``
+    folder = str(Path(recipe).resolve().parent)
+    if sys.flags.safe_path:
+        sys.path.insert(0, folder)
+    else:
+        sys.path[0] = folder  # which was the working folder, for ``-m``
     try:
         runpy.run_path(recipe, run_name="__main__")
     except SystemExit as error:
-        if error.code not in (None, 0):  # its main's own statuses are told already
+        if error.code not in (None, 0) and not is_of_words(error):  # its main's own statuses are told already
             _tell(error, error.code if isinstance(error.code, int) else 1)
         raise
     except Exception as error:

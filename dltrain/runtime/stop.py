@@ -27,6 +27,9 @@ LOOK_EVERY = 1.0
 STARTED = "DLTRAIN_STARTED"
 """Variable that says when the job began, in seconds of the epoch: deadlines count from there."""
 
+ORPHANED = "the process that started it has ended"
+"""Why a process stops that is left by itself."""
+
 MARGIN = 5.0
 """Seconds before a deadline that are left beside what a stop has been seen to cost."""
 
@@ -44,6 +47,7 @@ class StopFlag:
         self._next = 0.0
         self._generations = generations
         self._parents = _parents(generations)
+        self._parent = os.getppid()
         self._file = Path(run.stop_file) if run is not None and run.stop_file else None
         began = float(os.environ.get(STARTED) or time.time())
         self._deadline = began + run.deadline.seconds if run is not None and run.deadline else 0.0
@@ -64,7 +68,7 @@ class StopFlag:
 
     def _found(self, cost: float) -> str:
         if self._parents and _parents(self._generations) != self._parents:
-            return "the process that started it has ended"
+            return ORPHANED
         if self._file is not None and self._file.exists():
             return f"run.stop_file {self._file} is there"
         if self._deadline and time.time() + cost + MARGIN >= self._deadline:
@@ -76,7 +80,8 @@ class StopFlag:
             self._first = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._first > ONE_PRESS:
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        orphaned = self._generations > 0 and os.getppid() != self._parent  # then the signal is the kernel's word of it
+        self.reason = ORPHANED if orphaned else signal.Signals(number).name
 
 
 def _parents(generations: int) -> tuple[int, ...]:

@@ -110,6 +110,11 @@ def stopped_in(folder: Path) -> dict[str, object] | None:
     return max(found, key=lambda each: bool(each["reason"])) if found else None
 
 
+def is_of_words(error: SystemExit) -> bool:
+    """Whether argparse ends a program: for help, or after words that it does not know. It has told why."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).name == "argparse.py"
+
+
 def _write(name: str, value: Mapping[str, object] | int) -> bool:
     """Whole or not at all, for it may be read at any moment."""
     folder = os.environ.get(FAILURES)
@@ -122,7 +127,14 @@ def _write(name: str, value: Mapping[str, object] | int) -> bool:
 
 
 def _frames(error: BaseException) -> tuple[str, ...]:
-    """The last lines of code outside installed packages and what starts a recipe; of all, where there are none."""
+    """The last lines of the user's code, and the last outside installed packages; of all, where there are none."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_OWN)]
-    return tuple(f"{Path(each.filename).name}:{each.lineno} in {each.name}" for each in (own or frames)[-FRAMES:])
+    own = [frame for frame in frames if not any(part in frame.filename for part in _NOT_OWN)] or frames
+    users = [frame for frame in own if not _is_ours(Path(frame.filename))]
+    shown = [frame for frame in own if frame in users[1 - FRAMES :] or frame is own[-1]] if users else own
+    return tuple(f"{Path(each.filename).name}:{each.lineno} in {each.name}" for each in shown[-FRAMES:])
+
+
+def _is_ours(file: Path) -> bool:
+    package = Path(__file__).parents[1]
+    return file.is_relative_to(package) and not file.is_relative_to(package / "recipes")

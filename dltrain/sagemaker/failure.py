@@ -105,6 +105,8 @@ def write_reason(folders: Folders, text: str) -> bool:
 
 
 def _hint(failure: Failure) -> str:
+    if failure.error.startswith("SystemExit"):
+        return ""  # what stands there is the user's own
     for text in (failure.error, failure.said):
         for expression, hint in HINTS:
             if re.search(expression, text, re.IGNORECASE):

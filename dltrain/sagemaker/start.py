@@ -49,6 +49,8 @@ class Start:
     arguments: tuple[str, ...]
     config: Config
     nproc: int
+    code: Path | None = None
+    """The folder of the user's code, whose modules ranks may import."""
 
 
 def install_requirements(job: TrainingJob) -> None:
@@ -62,7 +64,7 @@ def install_requirements(job: TrainingJob) -> None:
             constraints.write("\n".join(kept))
             constraints.flush()
             command = [*_installer(file), "--quiet", "--constraint", constraints.name, "--requirement", str(file)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent)  # paths are relative to it
         if done.returncode:
             raise UserError(
                 f"{file} cannot be installed: {_reason(done)}; {', '.join(kept)} stay as the image has them, and with "
@@ -124,7 +126,8 @@ def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
             "give nproc, or take instances of one type"
         )
     nproc = int(known.nproc) if known.nproc else gpus(job.instance_type) or 1
-    name = _in_the_code(known.recipe)
+    code = _code_of(known.recipe)
+    name = known.recipe if code is None else str(code / known.recipe)
     file = Path(known.config) if known.config else None
     settings = kept({**job.hyperparameters.settings, **overrides}, job)
     config = declarations(name).configure(known.preset, settings, file)
@@ -132,14 +135,14 @@ def read_start(job: TrainingJob, arguments: Sequence[str]) -> Start:
     check_layout(config, Environment(0, nproc * len(job.hosts), 0, nproc))
     options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--config={file}"] * bool(file)
     options += [f"--{key}={value}" for key, value in overrides.items()]
-    return Start(find(name), recipe_name(name), tuple(options), config, nproc)
+    return Start(find(name), recipe_name(name), tuple(options), config, nproc, code)
 
 
-def _in_the_code(recipe: str) -> str:
-    """A user's file is looked for where SageMaker unpacks the source code."""
-    folders = code_folders(Folders.read())
-    found = [folder / recipe for folder in folders if recipe.endswith(".py") and (folder / recipe).is_file()]
-    return str(found[0]) if found else recipe
+def _code_of(recipe: str) -> Path | None:
+    """Where SageMaker has unpacked the source code that the user's file is of."""
+    inside = recipe.endswith(".py") and not Path(recipe).is_absolute()
+    folders = code_folders(Folders.read()) if inside else []
+    return next((folder for folder in folders if (folder / recipe).is_file()), None)
 
 
 def gpus(instance_type: str) -> int:

@@ -10,6 +10,7 @@ words of the command.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -72,6 +73,8 @@ def _prepared(folders: Folders, arguments: Sequence[str]) -> tuple[TrainingJob, 
     install_requirements(job)
     words = arguments[1:] if arguments[:1] == [ARGUMENT] else arguments
     start = read_start(job, job.hyperparameters.arguments(words))
+    if start.code is not None:  # a recipe below its top finds modules beside its folder
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(start.code), os.environ.get("PYTHONPATH"))))
     network = variables_for(job.instance_type, job.interface, len(job.hosts))
     wait_for(job.hosts, patience())
     threads = start.config.run.threads or max(1, cores() // start.nproc)

@@ -89,3 +89,10 @@ def test_an_agent_that_is_killed_is_told(tmp_path: Path) -> None:
     found = ending(tmp_path, -9)
     assert found.status == 137
     assert found.told.startswith("dltrain: torchrun's agent was ended by SIGKILL; checkpoints")
+
+
+def test_a_stop_because_the_agent_was_killed_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "stopped-0.json").write_text(json.dumps({"reason": "the process that started it has ended", "step": 7}))
+    found = ending(tmp_path, -9)
+    assert found.status == 75
+    assert "torchrun's agent was ended by SIGKILL, mostly because the host's memory was used up" in found.told

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dltrain.job_process import guarded
 from dltrain.runtime.environment import Environment
-from dltrain.runtime.word import FAILURES, failures_in
+from dltrain.runtime.word import FAILURES, Failure, failures_in
 from tests.conftest import ROOT
 
+TRAINER = ROOT / "dltrain" / "trainer.py"
 RANK_1 = Environment(1, 2, 1, 2)
 
 
@@ -27,6 +31,34 @@ def test_a_rank_that_leaves_by_itself_has_failed(
     assert failure.message == f"dltrain: rank 1 left by sys.exit({code!r}) before its work was done"
     assert failure.error == ("SystemExit" if code is None else f"SystemExit: {code}")
     assert failure.frames[-1].startswith("test_guarded.py:")
+
+
+def test_the_users_lines_are_told_and_the_last_one_of_all() -> None:
+    code = compile(
+        "def scale(x):\n    return x.open()\n\ndef loss(x):\n    return scale(x)\n", "/opt/ml/code/mine.py", "exec"
+    )
+    made: dict[str, Any] = {}
+    exec(code, made)
+    inside = compile("def deep():\n    raise OSError(28)\ndef open():\n    return deep()\n", str(TRAINER), "exec")
+    ours: dict[str, Any] = {}
+    exec(inside, ours)
+    try:
+        made["loss"](SimpleNamespace(open=ours["open"]))
+    except OSError as error:
+        frames = Failure.of(error, 0, "", 1).frames
+    assert frames == ("mine.py:5 in loss", "mine.py:2 in scale", "trainer.py:2 in deep")
+
+
+def test_a_mistake_of_the_environment_is_told_as_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "dltrain.runtime.rank", str(ROOT / "recipes/image/classify.py"), "train"]
+    ranks = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), FAILURES: str(tmp_path), **ranks}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    (failure,) = failures_in(tmp_path)
+    assert failure.status == 2
+    assert failure.message.startswith("dltrain: error: this host runs 2 rank(s) of 3, and there are 2 hosts")
+    assert "Traceback" not in done.stderr
 
 
 def test_help_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ MIND = """
 import json, os, pathlib, sys, threading, time
 import psutil
 from dltrain.runtime import minding
-minding.LAST, minding.UNREADY, minding.LINGER, minding.LINGER_SIGNALLED, minding.LOOK = 1.0, 0.5, 1.5, 0.3, 0.1
+minding.LAST, minding.UNREADY, minding.LINGER, minding.LINGER_STOPPED, minding.LOOK = 1.0, 0.5, 1.5, 0.3, 0.1
 folder, code, grace, mark = pathlib.Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
 watched = minding.Minded([sys.executable, "-c", code, str(folder)], dict(os.environ), folder, grace)
 def signal_when():

@@ -60,6 +60,8 @@ TRACED = """Traceback (most recent call last):
         "ValueError: no hashmap for shmuel",
         "ConnectionResetError: [Errno 104] Connection reset by peer",  # of a store, as boto3 has it
         "UserError: s3://bucket/a: Connection was closed by peer; tried 5 times",
+        "RuntimeError: NCCL error: unhandled system error",
+        "SystemExit: AccessDenied, says my script",
     ],
 )
 def test_a_hint_is_about_the_error_and_not_about_lines_of_code(error: str) -> None:
