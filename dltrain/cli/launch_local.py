@@ -32,6 +32,7 @@ from dltrain.sagemaker.code import is_users, read_code
 from dltrain.sagemaker.fabricated import INSTANCE, Fabricated
 from dltrain.sagemaker.holding import held
 from dltrain.sagemaker.limits import check_value
+from dltrain.sagemaker.options import patterns
 from dltrain.sagemaker.request import local_urls
 
 BASE = "sagemaker-local"
@@ -51,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--channel", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--instance-type", default="", help=f"by which hosts are told what they are; {INSTANCE}")
     parser.add_argument("--source", default="", help="folder with your recipe; its own if this is left out")
-    parser.add_argument("--ignore", action="append", default=[], help="pattern of files there that are not brought")
+    parser.add_argument("--ignore", action="extend", type=patterns, default=[], help="patterns of what is not brought")
     known = parser.parse_args(words)
     if not known.as_sagemaker:
         if given := [option for option, value in _of_containers(known).items() if value]:

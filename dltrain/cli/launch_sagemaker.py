@@ -3,6 +3,7 @@ on SageMaker, checked here against every limit of its API, and followed until it
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -21,7 +22,7 @@ from dltrain.runtime.environment import Environment
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import Code, is_users, read_code
 from dltrain.sagemaker.following import Followed, Unfollowed
-from dltrain.sagemaker.options import JobOptions, read_options
+from dltrain.sagemaker.options import JobOptions, patterns, read_options
 from dltrain.sagemaker.prices import Bill, read_prices
 from dltrain.sagemaker.request import address_of, build, refuse_packages, settings_here, with_channels
 
@@ -65,6 +66,8 @@ def _parser() -> Parser:
         option, doc = "--" + name.replace("_", "-"), field.description
         if name in FLAGS:
             parser.add_argument(option, action="store_true", default=None, help=doc)
+        elif name == "ignore":  # no YAML: there a star begins a reference
+            parser.add_argument(option, action="extend", type=patterns, default=None, help=doc)
         elif str(field.annotation).startswith(("dict", "tuple")):
             parser.add_argument(option, type=_parsed, default=None, help=doc)
         else:
@@ -73,8 +76,12 @@ def _parser() -> Parser:
 
 
 def _parsed(text: str) -> Any:
-    """A list or a mapping, as YAML."""
-    value = yaml.safe_load(text)
+    """A list or a mapping, as YAML. Raises ``ArgumentTypeError``, to which argparse adds the option."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not, say
+        why = " ".join(str(error).split())
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML ({why}); give '{{name: value}}', or 'a, b'") from None
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 

@@ -78,6 +78,19 @@ def test_a_recipe_is_brought_with_what_lies_beside_it_and_its_packages(cli: Cli,
     assert "Traceback" not in refused.err + refused.out
 
 
+def test_what_is_ignored_adds_up_and_commas_divide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TINY, tmp_path / "mine.py")
+    for file in ("a.ckpt", "b.bin", "c.txt", "kept.md"):
+        (tmp_path / file).touch()
+    made: list[Fabricated] = []
+    monkeypatch.setattr(launch_local, "_run_hosts", lambda each, *_: made.append(each) or dict.fromkeys(each.names, 1))
+    words = ["--as-sagemaker", "mine.py", "--preset", "small", "--ignore", "*.ckpt, *.bin", "--ignore", "c.txt"]
+    assert launch_local.run(words) == 1
+    assert made[0].code is not None
+    assert made[0].code.files == ("kept.md", "mine.py")
+
+
 def test_data_that_a_container_would_not_find_are_refused(cli: Cli, tmp_path: Path) -> None:
     words = ("launch", "local", "--as-sagemaker", TINY, "--preset", "small", "--data.train", "shards")
     refused = cli(*words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
+from dltrain.cli import launch_sagemaker
 from dltrain.config import Config, Data, load_overrides
 from dltrain.errors import UserError
 from dltrain.sagemaker.hyperparameters import read_hyperparameters
@@ -279,6 +281,16 @@ def test_a_dry_run_tells_what_would_be_uploaded(cli: Cli, tmp_path: Path, s3: S3
     assert done.status == 0, done.err
     assert "code: 2 file(s), 2.0 MB, of ." in done.err
     assert "code: 1 file(s), 0.0 MB, of ." in cli(*words, "--ignore", "weights.bin", **s3.variables).err
+    for file in ("notes.md", "more.txt"):
+        (tmp_path / file).touch()
+    said = cli(*words, "--ignore", "*.bin, *.md", "--ignore=more.*", **s3.variables).err
+    assert "code: 1 file(s), 0.0 MB, of ." in said, said
+
+
+@pytest.mark.parametrize("text", ["{a: [", "*mine", "{a: 2020-13-45}"])
+def test_an_option_that_is_no_yaml_is_refused_by_its_name(text: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--tags: {text!r} is no YAML")):
+        launch_sagemaker.run([TINY, "--dry-run", "--tags", text])
 
 
 def test_packages_to_be_fetched_without_a_network_are_refused(cli: Cli, tmp_path: Path) -> None:
