@@ -97,21 +97,32 @@ def _start(known: Any, request: dict[str, Any], options: JobOptions, code: Code 
             files = list(code.upload(address))
             print(f"{len(files)} file(s) of code are at {address}", file=sys.stderr)
         client = boto3.client("sagemaker", **region)
-        client.create_training_job(**request)
-        print(f"started {name}", file=sys.stderr)
     except (BotoCoreError, ClientError) as error:
         raise UserError(f"AWS refused: {error}") from None
+    where = f"--training-job-name {name} --region {client.meta.region_name}"
+    look = f"aws sagemaker describe-training-job {where}"
+    try:
+        client.create_training_job(**request)
+    except (BotoCoreError, ClientError) as error:
+        raise UserError(f"AWS refused: {error}") from None
+    except KeyboardInterrupt:  # AWS may have taken the request, and its answer was still to come
+        _say(f"\n{name} may have been started, and goes on by itself if it was; see whether it is there: {look}")
+        return EXIT_INTERRUPTED
+    _say(f"started {name}")
     if known.detach:
         print(json.dumps({"job": name}))
         return 0
-    look = f"aws sagemaker describe-training-job --training-job-name {name} --region {client.meta.region_name}"
+    job = Followed(name, client, boto3.client("logs", **region), _say)
     try:
-        return _follow(Followed(name, client, boto3.client("logs", **region), _say), name, known.stop_on_interrupt)
+        return _follow(job, name, known.stop_on_interrupt)
     except Unfollowed as error:
         _say(f"warning: {error}; the job goes on by itself: {look}")
         return EXIT_UNFOLLOWED
     except KeyboardInterrupt:
-        stops = "it was asked to stop" if known.stop_on_interrupt else "--stop-on-interrupt would have stopped it"
+        stops = "--stop-on-interrupt would have stopped it"
+        if known.stop_on_interrupt:
+            unsure = f"it may not have been asked to stop: aws sagemaker stop-training-job {where}"
+            stops = "it was asked to stop" if job.asked_to_stop else unsure
         _say(f"\n{name} goes on without being followed; {stops}; see what it does: {look}")
         return EXIT_INTERRUPTED
 

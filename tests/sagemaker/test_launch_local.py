@@ -156,7 +156,7 @@ def test_what_sagemaker_would_refuse_is_refused_before_anything_is_made(
 def test_options_of_containers_are_refused_without_them(option: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=f"{option[0]}: an option of containers; add --as-sagemaker, or leave it"):
         launch_local.run([TINY, "--preset", "small", *option])
-    with pytest.raises(UserError, match="--base and --channel: options of containers; .* or leave them out"):
+    with pytest.raises(UserError, match=r"--base and --channel: options of containers; .* or leave them out"):
         launch_local.run([TINY, "--channel", "a=.", "--base", "x"])
 
 
