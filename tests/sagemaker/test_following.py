@@ -133,7 +133,7 @@ def test_the_logs_of_more_hosts_than_a_page_holds_are_told(s3: S3Server) -> None
         event = {"timestamp": int(1000 * time.time()), "message": "here"}
         logs.put_log_events(logGroupName=LOGS, logStreamName=stream, logEvents=[event])
     lines: list[str] = []
-    Followed("many", Answers(DONE), logs, lines.append).until_ended()
+    Followed("many", Answers(DONE), logs, lines.append, 0).until_ended()
     assert len(lines) == 60
 
 
@@ -264,6 +264,7 @@ def test_ctrl_c_stops_the_job_where_it_is_to_and_a_second_one_leaves_it(tmp_path
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_what_aws_has_not_answered_is_not_said_to_be_done(tmp_path: Path) -> None:
     with following(tmp_path, "--stop-on-interrupt", silent="StopTrainingJob") as (process, aws):
         process.send_signal(signal.SIGINT)
