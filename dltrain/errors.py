@@ -30,6 +30,9 @@ CLOSE = 0.6
 """Least likeness of a name that is offered in the place of another."""
 
 
+CLOSER = 0.75
+"""The same of a last part alone, which is short: ``epochs`` does not mean ``optim.eps``."""
+
 LISTED, OFFERED = 20, 3
 """Most candidates that are listed, and that are offered."""
 
@@ -43,10 +46,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     most = max(likeness.values(), default=0.0)
     if most >= CLOSE:
         equal = OFFERED if _is_last(name, near[0]) else 1
-        meant = [each for each in near if likeness[each] > 1] or [each for each in near if likeness[each] == most][
-            :equal
-        ]
-        return f"did you mean {' or '.join(map(repr, meant[:OFFERED]))}?"
+        short = [each for each in near if likeness[each] > 1]
+        meant = short[:OFFERED] or [each for each in near if likeness[each] == most][:equal]
+        return f"did you mean {' or '.join(map(repr, meant))}?"
+    near.sort(key=lambda each: (-likeness[each], -_ratio(name, each)))
     more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
     return f"there are: {', '.join(sorted(near[:LISTED]))}{more}" if known else "there are none"
 
@@ -64,7 +67,10 @@ def _likeness(name: str, candidate: str) -> float:
         part = candidate.rpartition(".")[2]
         if part == name:
             return 3
-        return 2 + _ratio(name, part) / 2 if part.endswith(f"_{name}") else _likeness(name, part)
+        if part.endswith(f"_{name}"):
+            return 2 + _ratio(name, part) / 2
+        found = _likeness(name, part)
+        return found if found >= CLOSER or name in part else found * CLOSE
     (head, _, last), (other_head, _, other_last) = name.rpartition("."), candidate.rpartition(".")
     whole = _ratio(name, candidate)
     if head == other_head or _ratio(head, other_head) >= CLOSE:

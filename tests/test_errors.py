@@ -67,7 +67,8 @@ def test_of_many_candidates_the_nearest_are_listed_and_the_others_counted() -> N
     said = nearest("ml.p99.foo", [f"ml.{letter}{size}.large" for letter in "abcdp" for size in range(45)])
     assert said.startswith("there are: ml.")
     assert said.endswith(" and 205 more")
-    assert said.count("ml.p") == said.count(",") + 1 == 20
+    assert said.count(",") + 1 == 20
+    assert "ml.p9.large" in said
     assert nearest("epochs", SETTINGS).endswith(f" and {len(SETTINGS) - 20} more")
 
 

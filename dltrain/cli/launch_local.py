@@ -111,7 +111,7 @@ def _refuse_on_a_host(folder: Path, base: Path) -> None:
 
 
 def _channels(words: Sequence[str]) -> dict[str, Path]:
-    found = {}
+    found: dict[str, Path] = {}
     for word in words:
         name, equals, folder = word.partition("=")
         if not equals or not Path(folder).is_dir():
