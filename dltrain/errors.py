@@ -30,21 +30,47 @@ CLOSE = 0.6
 """Least likeness of a name that is offered in the place of another."""
 
 
+CLOSER = 0.75
+"""The same of a last part alone, which is short: ``epochs`` does not mean ``optim.eps``."""
+
+LISTED, OFFERED = 20, 3
+"""Most candidates that are listed, and that are offered."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The end of a sentence that names the closest candidate (or those that are abbreviated so), or lists all when none
-    is close."""
+    """The end of a sentence that names the closest candidate (or those that are abbreviated so, or have a name without
+    dots for their last part), or when none is close lists those that are closer than others."""
     known = sorted(candidates)
     likeness = {each: _likeness(name, each) for each in known}
+    near = sorted(known, key=lambda each: -likeness[each])
     most = max(likeness.values(), default=0.0)
     if most >= CLOSE:
-        meant = [each for each in known if likeness[each] > 1] or [each for each in known if likeness[each] == most][:1]
+        equal = OFFERED if _is_last(name, near[0]) else 1
+        short = [each for each in near if likeness[each] > 1]
+        meant = short[:OFFERED] or [each for each in near if likeness[each] == most][:equal]
         return f"did you mean {' or '.join(map(repr, meant))}?"
-    return "there are: " + ", ".join(known) if known else "there are none"
+    near.sort(key=lambda each: (-likeness[each], -_ratio(name, each)))
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return f"there are: {', '.join(sorted(near[:LISTED]))}{more}" if known else "there are none"
+
+
+def _is_last(name: str, candidate: str) -> bool:
+    """Whether a name can only be the last part of the candidate's."""
+    return "." not in name and "." in candidate
 
 
 def _likeness(name: str, candidate: str) -> float:
     """From 0 to 1, and above it for a candidate that the name abbreviates, as ``optim.lr`` does
-    ``optim.learning_rate``. Of dotted names the last parts must be alike by themselves: what comes before is long."""
+    ``optim.learning_rate``. Of dotted names the last parts must be alike by themselves: what comes before is long.
+    To a name without dots they alone count: ``batch_size`` is the end of ``data.global_batch_size``."""
+    if _is_last(name, candidate):
+        part = candidate.rpartition(".")[2]
+        if part == name:
+            return 3
+        if part.endswith(f"_{name}"):
+            return 2 + _ratio(name, part) / 2
+        found = _likeness(name, part)
+        return found if found >= CLOSER or name in part else found * CLOSE
     (head, _, last), (other_head, _, other_last) = name.rpartition("."), candidate.rpartition(".")
     whole = _ratio(name, candidate)
     if head == other_head or _ratio(head, other_head) >= CLOSE:

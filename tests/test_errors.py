@@ -44,6 +44,34 @@ def test_the_section_may_be_wrong_too() -> None:
     assert nearest("optm.learning_rte", SETTINGS) == "did you mean 'optim.learning_rate'?"
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lr", "'optim.learning_rate'"),
+        ("seed", "'run.seed'"),
+        ("warmup", "'schedule.warmup' or 'optim.ema_warmup'"),
+        ("batch_size", "'evaluation.batch_size' or 'data.global_batch_size'"),
+        ("learning_rte", "'optim.learning_rate'"),
+        ("every", "'checkpoint.every' or 'debugger.every' or 'evaluation.every'"),
+    ],
+)
+def test_a_name_without_a_section_is_compared_with_last_parts(name: str, meant: str) -> None:
+    assert nearest(name, SETTINGS) == f"did you mean {meant}?"
+
+
+def test_equally_near_ones_are_offered_together() -> None:
+    assert nearest("sed", ["run.seed", "data.seed", "data.x"]) == "did you mean 'data.seed' or 'run.seed'?"
+
+
+def test_of_many_candidates_the_nearest_are_listed_and_the_others_counted() -> None:
+    said = nearest("ml.p99.foo", [f"ml.{letter}{size}.large" for letter in "abcdp" for size in range(45)])
+    assert said.startswith("there are: ml.")
+    assert said.endswith(" and 205 more")
+    assert said.count(",") + 1 == 20
+    assert "ml.p9.large" in said
+    assert nearest("epochs", SETTINGS).endswith(f" and {len(SETTINGS) - 20} more")
+
+
 def test_names_without_dots_are_compared_whole() -> None:
     assert nearest("trian", ["train", "eval"]) == "did you mean 'train'?"
     assert nearest("p5.48xlarge", ["ml.p5.48xlarge", "ml.g5.48xlarge"]) == "did you mean 'ml.p5.48xlarge'?"

@@ -23,7 +23,7 @@ from typing import IO
 from dltrain.cli import train
 from dltrain.cli.main import Parser
 from dltrain.config import split_arguments
-from dltrain.errors import EXIT_STOPPED, UserError
+from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from dltrain.recipes import declarations
 from dltrain.runtime.environment import cores
 from dltrain.runtime.logs import outlive_readers
@@ -32,6 +32,7 @@ from dltrain.sagemaker.code import is_users, read_code
 from dltrain.sagemaker.fabricated import INSTANCE, Fabricated
 from dltrain.sagemaker.holding import held
 from dltrain.sagemaker.limits import check_value
+from dltrain.sagemaker.options import patterns
 from dltrain.sagemaker.request import local_urls
 
 BASE = "sagemaker-local"
@@ -51,11 +52,13 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--channel", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--instance-type", default="", help=f"by which hosts are told what they are; {INSTANCE}")
     parser.add_argument("--source", default="", help="folder with your recipe; its own if this is left out")
-    parser.add_argument("--ignore", action="append", default=[], help="pattern of files there that are not brought")
+    parser.add_argument("--ignore", action="extend", type=patterns, default=[], help="patterns of what is not brought")
     known = parser.parse_args(words)
     if not known.as_sagemaker:
         if given := [option for option, value in _of_containers(known).items() if value]:
-            raise UserError(f"{' and '.join(given)}: options of containers; add --as-sagemaker, or leave them out")
+            one = len(given) == 1
+            are, them = ("an option", "it") if one else ("options", "them")
+            raise UserError(f"{' and '.join(given)}: {are} of containers; add --as-sagemaker, or leave {them} out")
         options = [f"--preset={known.preset}"] * bool(known.preset) + [f"--nproc={known.nproc}"]
         return train.run([known.recipe, *options, *(f"--{key}={value}" for key, value in overrides.items())])
     if known.hosts < 1 or known.nproc < 1:
@@ -108,7 +111,7 @@ def _refuse_on_a_host(folder: Path, base: Path) -> None:
 
 
 def _channels(words: Sequence[str]) -> dict[str, Path]:
-    found = {}
+    found: dict[str, Path] = {}
     for word in words:
         name, equals, folder = word.partition("=")
         if not equals or not Path(folder).is_dir():
@@ -117,6 +120,8 @@ def _channels(words: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"a channel must not be named {CODE!r}: your code comes by it")
         if not _CHANNEL.fullmatch(name):
             raise UserError(f"a channel is named {name!r}; give 1 to 64 letters, digits, dots, dashes and underscores")
+        if name in found:
+            raise UserError(f"channel {name!r} is given twice, as {found[name]} and as {folder}; give it once")
         found[name] = Path(folder)
     return found
 
@@ -162,14 +167,21 @@ def prefixed(name: str, process: subprocess.Popen[str]) -> threading.Thread:
 
 
 def told(made: Fabricated, statuses: Mapping[str, int]) -> int:
-    """Say how each host has ended; the exit status of all together, a failure before a stop."""
+    """Say how each host has ended; the exit status of all together: of the one to blame, a failure before a stop."""
+    reasons = {host: made.failure(host) for host in statuses}
     for place, (host, status) in enumerate(statuses.items()):
-        print(f"algo-{place + 1} {_how(status, made.failure(host))}", file=sys.stderr)
-    failed = [abs(status) + 128 * (status < 0) for status in statuses.values() if status not in (0, EXIT_STOPPED)]
+        print(f"algo-{place + 1} {_how(status, reasons[host])}", file=sys.stderr)
+    hosts = [host for host, status in statuses.items() if status not in (0, EXIT_STOPPED)]
+    hosts.sort(key=lambda host: (_OF_ANOTHER in reasons[host], statuses[host] == EXIT_INTERRUPTED))
+    failed = [abs(statuses[host]) + 128 * (statuses[host] < 0) for host in hosts]
     if not failed and max(statuses.values()) == 0:
         model = made.bucket / "model"
         print(f"model: {model}; output: {made.bucket / 'output'}; checkpoints: {made.bucket / 'checkpoints'}")
     return failed[0] if failed else max(statuses.values())
+
+
+_OF_ANOTHER = "Another rank or host ended first"
+"""Stands in the failure file of a host that is not to blame."""
 
 
 def _how(status: int, reason: str) -> str:

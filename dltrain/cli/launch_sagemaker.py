@@ -3,6 +3,7 @@ on SageMaker, checked here against every limit of its API, and followed until it
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -21,7 +22,7 @@ from dltrain.runtime.environment import Environment
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import Code, is_users, read_code
 from dltrain.sagemaker.following import Followed, Unfollowed
-from dltrain.sagemaker.options import JobOptions, read_options
+from dltrain.sagemaker.options import JobOptions, patterns, read_options
 from dltrain.sagemaker.prices import Bill, read_prices
 from dltrain.sagemaker.request import address_of, build, refuse_packages, settings_here, with_channels
 
@@ -65,6 +66,8 @@ def _parser() -> Parser:
         option, doc = "--" + name.replace("_", "-"), field.description
         if name in FLAGS:
             parser.add_argument(option, action="store_true", default=None, help=doc)
+        elif name == "ignore":  # no YAML: there a star begins a reference
+            parser.add_argument(option, action="extend", type=patterns, default=None, help=doc)
         elif str(field.annotation).startswith(("dict", "tuple")):
             parser.add_argument(option, type=_parsed, default=None, help=doc)
         else:
@@ -73,8 +76,12 @@ def _parser() -> Parser:
 
 
 def _parsed(text: str) -> Any:
-    """A list or a mapping, as YAML."""
-    value = yaml.safe_load(text)
+    """A list or a mapping, as YAML. Raises ``ArgumentTypeError``, to which argparse adds the option."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not, say
+        why = " ".join(str(error).split())
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML ({why}); give '{{name: value}}', or 'a, b'") from None
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -90,21 +97,32 @@ def _start(known: Any, request: dict[str, Any], options: JobOptions, code: Code 
             files = list(code.upload(address))
             print(f"{len(files)} file(s) of code are at {address}", file=sys.stderr)
         client = boto3.client("sagemaker", **region)
-        client.create_training_job(**request)
-        print(f"started {name}", file=sys.stderr)
     except (BotoCoreError, ClientError) as error:
         raise UserError(f"AWS refused: {error}") from None
+    where = f"--training-job-name {name} --region {client.meta.region_name}"
+    look = f"aws sagemaker describe-training-job {where}"
+    try:
+        client.create_training_job(**request)
+    except (BotoCoreError, ClientError) as error:
+        raise UserError(f"AWS refused: {error}") from None
+    except KeyboardInterrupt:  # AWS may have taken the request, and its answer was still to come
+        _say(f"\n{name} may have been started, and goes on by itself if it was; see whether it is there: {look}")
+        return EXIT_INTERRUPTED
+    _say(f"started {name}")
     if known.detach:
         print(json.dumps({"job": name}))
         return 0
-    look = f"aws sagemaker describe-training-job --training-job-name {name} --region {client.meta.region_name}"
+    job = Followed(name, client, boto3.client("logs", **region), _say)
     try:
-        return _follow(Followed(name, client, boto3.client("logs", **region), _say), name, known.stop_on_interrupt)
+        return _follow(job, name, known.stop_on_interrupt)
     except Unfollowed as error:
         _say(f"warning: {error}; the job goes on by itself: {look}")
         return EXIT_UNFOLLOWED
     except KeyboardInterrupt:
-        stops = "it was asked to stop" if known.stop_on_interrupt else "--stop-on-interrupt would have stopped it"
+        stops = "--stop-on-interrupt would have stopped it"
+        if known.stop_on_interrupt:
+            unsure = f"it may not have been asked to stop: aws sagemaker stop-training-job {where}"
+            stops = "it was asked to stop" if job.asked_to_stop else unsure
         _say(f"\n{name} goes on without being followed; {stops}; see what it does: {look}")
         return EXIT_INTERRUPTED
 

@@ -41,6 +41,8 @@ class Followed:
         self._name, self._client, self._logs, self._say, self._pause = name, client, logs, say, pause
         self._seen, self._readable = 0, True
         self._next: dict[str, str] = {}
+        self.asked_to_stop = False
+        """Whether AWS has answered :meth:`stop`."""
 
     def until_ended(self) -> tuple[str, str]:
         """Tell each change of status and each line; the last status, and why where it failed.
@@ -54,6 +56,7 @@ class Followed:
                 self._tell_lines()
             if found["TrainingJobStatus"] in ENDED:
                 if self._readable:
+                    time.sleep(self._pause)  # its last lines, which say why it failed, are on their way
                     self._tell_lines()
                 return found["TrainingJobStatus"], found.get("FailureReason", "")
             time.sleep(self._pause)
@@ -73,6 +76,7 @@ class Followed:
                     raise
 
         self._asked(ask, "stopped")
+        self.asked_to_stop = True
 
     def _asked(self, ask: Callable[[], T], to_be: str = "followed any longer") -> T:
         """AWS's answer, after growing pauses where it does not come."""
@@ -103,6 +107,7 @@ class Followed:
             self._say(f"what it prints cannot be read, and its status alone is told from here on: {error}")
 
     def _read_lines(self) -> None:
+        """Of each stream to its end, which a token that comes again says: an empty page may have more behind it."""
         for stream in self._asked(self._streams):
             while True:
                 start = {"nextToken": self._next[stream]} if stream in self._next else {"startFromHead": True}
@@ -110,7 +115,7 @@ class Followed:
                 for event in page["events"]:
                     self._say(f"[{stream.partition('/')[2].rsplit('-', 1)[0]}] {event['message'].rstrip()}")
                 before, self._next[stream] = self._next.get(stream), page["nextForwardToken"]
-                if before == page["nextForwardToken"] or not page["events"]:
+                if before == page["nextForwardToken"]:
                     break
 
     def _streams(self) -> list[str]:

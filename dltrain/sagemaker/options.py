@@ -108,6 +108,11 @@ class JobOptions(Section):
         return self
 
 
+def patterns(text: str) -> list[str]:
+    """Of one ``--ignore "*.ckpt, notebooks"``: plain text, with commas between."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def read_options(file: Path | None, given: Mapping[str, Any]) -> JobOptions:
     """From a YAML file, and over it what is ``given``. Raises :class:`UserError` that names the option."""
     tree: Any = {}

@@ -7,6 +7,7 @@ boto3.client("sagemaker").create_training_job(**request)
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -189,17 +190,52 @@ def _refuse_lost(config: Config, options: JobOptions) -> None:
 
 def refuse_packages(code: Code, options: JobOptions) -> None:
     """Raises :class:`UserError` where the code asks for packages and the container would have no network to get them,
-    unless they are to come from the code itself."""
+    unless they are files, or are looked for among the code itself and nowhere else."""
     if not options.isolate or REQUIREMENTS not in code.files:
         return
-    lines = [line.strip() for line in (code.folder / REQUIREMENTS).read_text(errors="replace").splitlines()]
-    asked = [line for line in lines if line and not line.startswith("#")]
-    if asked and "--no-index" not in asked:
+    text = (code.folder / REQUIREMENTS).read_text(errors="replace").replace("\\\n", " ")
+    lines = [_COMMENT.sub("", line).strip() for line in text.splitlines()]
+    asked = [line for line in lines if _is_asked(line, code)]
+    given = " ".join(line for line in lines if line.startswith("-"))
+    within = any(_is_among(code, folder) for folder in _FOLDER.findall(given))
+    if asked and not (within and "--no-index" in given.split()):
         raise UserError(
             f"--isolate leaves the container no network, and {REQUIREMENTS} asks for {asked[0]!r}: put its packages "
             f"into the image and leave it out by --ignore {REQUIREMENTS}, or bring wheels beside it and begin it with "
-            "--no-index and --find-links FOLDER"
+            "--no-index and --find-links FOLDER, a folder of the code"
         )
+
+
+_COMMENT = re.compile(r"(^|\s)#.*")
+
+_FOLDER = re.compile(r"(?:^|\s)(?:--find-links|-f)[\s=]*(\S+)")
+"""Where pip is to look for packages."""
+
+_MORE = re.compile(r"(?:--requirement|-r)[\s=]*\S+")
+
+_FILE = re.compile(r"(?:(?:--editable|-e)[\s=]*)?(?:file:)?([^\s\[@:]+)(?:\[[^\]]*\])?(?:\s.*)?")
+"""A requirement that is no address: a path, or a name."""
+
+_ARCHIVES = (".whl", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+def _is_asked(line: str, code: Code) -> bool:
+    """Whether a line of requirements has pip look for a package: it names one, or a file that is not brought."""
+    if _MORE.match(line):
+        return True
+    if not line or (line.startswith("-") and not line.startswith(("-e", "--editable"))):
+        return False
+    found = _FILE.fullmatch(line)
+    path = found[1] if found else ""
+    if not ("/" in path or path.startswith(".") or path.endswith(_ARCHIVES)):
+        return True
+    return not (path.startswith("/") or _is_among(code, path))  # whole ones are the image's
+
+
+def _is_among(code: Code, path: str) -> bool:
+    """Whether a file or folder, as seen from the code's own, is brought."""
+    place = posixpath.normpath(path)
+    return place == "." or any(file == place or file.startswith(f"{place}/") for file in code.files)
 
 
 def data_urls(config: Config) -> list[str]:

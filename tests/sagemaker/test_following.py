@@ -98,11 +98,11 @@ def test_what_passes_by_itself_is_tried_again_after_pauses(s3: S3Server, monkeyp
     client = Answers(refused("ThrottlingException"), refused("What", 503), away, RUNNING, away, DONE)
     lines: list[str] = []
     assert Followed("mine", client, quiet(s3), lines.append, pause=1).until_ended() == ("Completed", "")
-    assert pauses == [1, 2, 4, 1, 1]
+    assert pauses == [1, 2, 4, 1, 1, 1]
     assert [line.partition(" (")[0] for line in lines] == ["AWS does not answer"] * 2
     with pytest.raises(Unfollowed, match=r"mine cannot be followed any longer: Could not connect"):
         Followed("mine", Answers(*[away] * 99), quiet(s3), lines.append).until_ended()
-    assert sum(pauses[5:]) > 2700
+    assert sum(pauses[6:]) > 2700
     assert max(pauses) == 300
 
 
@@ -133,8 +133,39 @@ def test_the_logs_of_more_hosts_than_a_page_holds_are_told(s3: S3Server) -> None
         event = {"timestamp": int(1000 * time.time()), "message": "here"}
         logs.put_log_events(logGroupName=LOGS, logStreamName=stream, logEvents=[event])
     lines: list[str] = []
-    Followed("many", Answers(DONE), logs, lines.append).until_ended()
+    Followed("many", Answers(DONE), logs, lines.append, 0).until_ended()
     assert len(lines) == 60
+
+
+class Pages:
+    """Logs of one stream: pages of lines by their tokens; the last comes again and again, and may be filled late."""
+
+    def __init__(self, *pages: tuple[str, ...]) -> None:
+        self.pages = list(pages)
+
+    def get_paginator(self, _: str) -> Any:
+        return Answers(*[[{"logStreams": [{"logStreamName": "mine/algo-1-17"}]}]] * 9)
+
+    def get_log_events(self, *, nextToken: str = "0", **_: Any) -> dict[str, Any]:
+        place = int(nextToken)
+        lines = self.pages[place] if place < len(self.pages) else ()
+        return {
+            "events": [{"message": line} for line in lines],
+            "nextForwardToken": str(min(place + 1, len(self.pages))),
+        }
+
+
+def test_behind_an_empty_page_lines_are_read_to_the_end() -> None:
+    lines: list[str] = []
+    Followed("mine", Answers(DONE), Pages(("one",), (), (), ("two",), (), ("three",)), lines.append, 0).until_ended()
+    assert lines == [f"[algo-1] {line}" for line in ("one", "two", "three")]
+
+
+def test_lines_that_come_after_the_end_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs, lines = Pages(("one",)), list[str]()
+    monkeypatch.setattr(time, "sleep", lambda _: logs.pages.append(("Traceback",)))
+    Followed("mine", Answers(DONE), logs, lines.append).until_ended()
+    assert lines == ["[algo-1] one", "[algo-1] Traceback"]
 
 
 class Aws(BaseHTTPRequestHandler):
@@ -142,12 +173,17 @@ class Aws(BaseHTTPRequestHandler):
 
     stopping = 0
     expired = False
+    silent = ""
+    """A call that is not answered."""
     asked: ClassVar[list[str]] = []
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         called = self.headers["X-Amz-Target"].partition(".")[2]
         self.asked.append(called)
+        if called == self.silent:
+            time.sleep(20)
+            return
         status = 200
         answer: dict[str, Any] = {"TrainingJobArn": "arn", "logStreams": []}
         if called == "DescribeTrainingJob":
@@ -179,7 +215,7 @@ def following(tmp_path: Path, *more: str, **changes: Any) -> Iterator[tuple[subp
             [*command, *GIVEN, *more], cwd=tmp_path, env=variables, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        until(lambda: "DescribeTrainingJob" in aws.asked or process.poll() is not None)
+        until(lambda: {"DescribeTrainingJob", aws.silent} & {*aws.asked} or process.poll() is not None)
         try:
             yield process, aws
         finally:
@@ -225,6 +261,24 @@ def test_ctrl_c_stops_the_job_where_it_is_to_and_a_second_one_leaves_it(tmp_path
         err = process.communicate(timeout=30)[1]
     assert process.returncode == 130, err
     assert f"mine goes on without being followed; it was asked to stop; see what it does: {LOOK}" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_what_aws_has_not_answered_is_not_said_to_be_done(tmp_path: Path) -> None:
+    with following(tmp_path, "--stop-on-interrupt", silent="StopTrainingJob") as (process, aws):
+        process.send_signal(signal.SIGINT)
+        until(lambda: "StopTrainingJob" in aws.asked)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=15)[1]
+    assert process.returncode == 130, err
+    stop = LOOK.replace("describe-", "stop-")
+    assert f"followed; it may not have been asked to stop: {stop}; see what it does: {LOOK}" in err
+    with following(tmp_path, silent="CreateTrainingJob") as (process, _):
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=15)[1]
+    assert process.returncode == 130, err
+    assert f"mine may have been started, and goes on by itself if it was; see whether it is there: {LOOK}" in err
     assert "Traceback" not in err
 
 

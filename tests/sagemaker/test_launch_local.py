@@ -18,7 +18,10 @@ import pytest
 
 from dltrain.cli import launch_local
 from dltrain.errors import UserError
+from dltrain.runtime.word import Failure
+from dltrain.sagemaker.code import read_code
 from dltrain.sagemaker.fabricated import Fabricated
+from dltrain.sagemaker.failure import reason
 from tests.conftest import TINY, Cli
 from tests.sagemaker.test_fabricated import SETTINGS, wheel
 from tests.sagemaker.test_supervisor import until
@@ -52,6 +55,28 @@ def test_a_host_that_was_killed_is_told_as_such(tmp_path: Path, capsys: pytest.C
     assert not said.out
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "status"),
+    [
+        ((1, "RuntimeError: Connection closed by peer [127.0.0.2]:4711"), (7, "rank 3 on algo-2: SystemExit."), 7),
+        ((130, ""), (1, "rank 1 on algo-2: no space left."), 1),
+        ((1, "RuntimeError: Connection closed by peer [127.0.0.2]:4711"), (130, ""), 130),
+        ((75, ""), (1, "RuntimeError: Connection closed by peer [127.0.0.2]:4711"), 1),
+        ((3, "rank 0: no."), (7, "rank 1: no."), 3),
+    ],
+)
+def test_the_status_is_that_of_the_host_to_blame(
+    tmp_path: Path, first: tuple[int, str], second: tuple[int, str], status: int
+) -> None:
+    made = Fabricated(tmp_path, 2, SETTINGS)
+    made.lay_down()
+    for host, (_, said) in zip(made.names, (first, second), strict=True):
+        failure = Failure(0, said, 1, error=said)
+        if said:
+            (made.base(host) / "output" / "failure").write_text(reason(failure, host, made.names))
+    assert launch_local.told(made, dict(zip(made.names, (first[0], second[0]), strict=True))) == status
+
+
 @pytest.mark.slow
 def test_a_recipe_is_brought_with_what_lies_beside_it_and_its_packages(cli: Cli, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
@@ -78,6 +103,21 @@ def test_a_recipe_is_brought_with_what_lies_beside_it_and_its_packages(cli: Cli,
     assert "Traceback" not in refused.err + refused.out
 
 
+def test_what_is_ignored_adds_up_and_commas_divide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TINY, tmp_path / "mine.py")
+    for file in ("a.ckpt", "b.bin", "c.txt", "kept.md"):
+        (tmp_path / file).touch()
+
+    def told(recipe: str, source: str, ignore: list[str]) -> None:
+        raise UserError(" ".join(read_code(recipe, source, ignore).files))
+
+    monkeypatch.setattr(launch_local, "read_code", told)
+    words = ["--as-sagemaker", "mine.py", "--preset", "small", "--ignore", "*.ckpt, *.bin", "--ignore", "c.txt"]
+    with pytest.raises(UserError, match=r"^kept\.md mine\.py$"):
+        launch_local.run(words)
+
+
 def test_data_that_a_container_would_not_find_are_refused(cli: Cli, tmp_path: Path) -> None:
     words = ("launch", "local", "--as-sagemaker", TINY, "--preset", "small", "--data.train", "shards")
     refused = cli(*words)
@@ -92,6 +132,7 @@ def test_data_that_a_container_would_not_find_are_refused(cli: Cli, tmp_path: Pa
         (("--channel", "tr/ain=."), "a channel is named 'tr/ain'; give 1 to 64 letters, digits, dots, dashes"),
         (("--channel", "../x=."), "a channel is named '../x'"),
         (("--channel", "..=."), "a channel is named '..'"),
+        (("--channel", "a=.", "--channel", "a=/"), "channel 'a' is given twice, as . and as /; give it once"),
         (("--channel", "=."), "a channel is named ''"),
         (("--channel", "a" * 65 + "=."), "give 1 to 64 letters"),
         (("--instance-type", "ml.p5.48xlarg"), "--instance-type is 'ml.p5.48xlarg'; did you mean 'ml.p5.48xlarge'?"),
@@ -113,8 +154,10 @@ def test_what_sagemaker_would_refuse_is_refused_before_anything_is_made(
     ids=" ".join,
 )
 def test_options_of_containers_are_refused_without_them(option: tuple[str, str]) -> None:
-    with pytest.raises(UserError, match=f"{option[0]}: options of containers; add --as-sagemaker"):
+    with pytest.raises(UserError, match=f"{option[0]}: an option of containers; add --as-sagemaker, or leave it"):
         launch_local.run([TINY, "--preset", "small", *option])
+    with pytest.raises(UserError, match=r"--base and --channel: options of containers; .* or leave them out"):
+        launch_local.run([TINY, "--channel", "a=.", "--base", "x"])
 
 
 def test_code_and_data_that_lie_on_a_host_are_not_deleted_with_it(tmp_path: Path) -> None:

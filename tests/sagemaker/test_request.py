@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import pytest
 from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
+from dltrain.cli import launch_sagemaker
 from dltrain.config import Config, Data, load_overrides
 from dltrain.errors import UserError
+from dltrain.sagemaker.code import Code
 from dltrain.sagemaker.hyperparameters import read_hyperparameters
 from dltrain.sagemaker.options import JobOptions, read_options
 from dltrain.sagemaker.prices import Bill, Prices, read_prices
-from dltrain.sagemaker.request import build
+from dltrain.sagemaker.request import build, refuse_packages
 from dltrain.testing.s3 import S3Server
 from tests.conftest import TINY, Cli
 
@@ -279,6 +283,16 @@ def test_a_dry_run_tells_what_would_be_uploaded(cli: Cli, tmp_path: Path, s3: S3
     assert done.status == 0, done.err
     assert "code: 2 file(s), 2.0 MB, of ." in done.err
     assert "code: 1 file(s), 0.0 MB, of ." in cli(*words, "--ignore", "weights.bin", **s3.variables).err
+    for file in ("notes.md", "more.txt"):
+        (tmp_path / file).touch()
+    said = cli(*words, "--ignore", "*.bin, *.md", "--ignore=more.*", **s3.variables).err
+    assert "code: 1 file(s), 0.0 MB, of ." in said, said
+
+
+@pytest.mark.parametrize("text", ["{a: [", "*mine", "{a: 2020-13-45}"])
+def test_an_option_that_is_no_yaml_is_refused_by_its_name(text: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--tags: {text!r} is no YAML")):
+        launch_sagemaker.run([TINY, "--dry-run", "--tags", text])
 
 
 def test_packages_to_be_fetched_without_a_network_are_refused(cli: Cli, tmp_path: Path) -> None:
@@ -290,8 +304,34 @@ def test_packages_to_be_fetched_without_a_network_are_refused(cli: Cli, tmp_path
     assert (refused.status, refused.out) == (2, "")
     assert "no network, and requirements.txt asks for 'timm==1.0'" in refused.err
     assert cli(*words, "--isolate", "--ignore", "requirements.txt").status == 0
-    (tmp_path / "requirements.txt").write_text("--no-index\n--find-links wheels\ntimm==1.0\n")
-    assert cli(*words, "--isolate").status == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("--no-index  # none\n--find-links wheels/\ntimm==1.0  # ours", ""),
+        ("--no-index -f ./wheels\ntimm ==1.0; python_version > '3' \\\n  --hash=sha256:00", ""),
+        ("--no-index\n--find-links=.\ntimm", ""),
+        ("./wheels/x.whl  # mine\nwheels/x.whl[all]\nfile:wheels/x.whl", ""),
+        ("-e ./wheels\n/opt/wheels/y.whl\n--pre", ""),
+        ("# nothing\n--index-url https://packages", ""),
+        ("--no-index\ntimm", "timm"),
+        ("--find-links wheels\ntimm", "timm"),
+        ("--no-index\n--find-links whee\ntimm", "timm"),
+        ("# --no-index\n--find-links wheels\ntimm", "timm"),
+        ("./wheels/x.whl\ntimm", "timm"),
+        ("./elsewhere/x.whl", "./elsewhere/x.whl"),
+        ("-r more.txt", "-r more.txt"),
+        ("-e git+https://host/x.git", "-e git+https://host/x.git"),
+        ("timm @ https://host/timm-1.whl", "timm @ https://host/timm-1.whl"),
+    ],
+)
+def test_what_can_be_installed_without_a_network_is_seen(tmp_path: Path, text: str, asked: str) -> None:
+    (tmp_path / "requirements.txt").write_text(text)
+    code = Code(tmp_path, "mine.py", ("mine.py", "requirements.txt", "wheels/x.whl"), 0)
+    refuse_packages(code, JobOptions())
+    with pytest.raises(UserError, match=re.escape(f"asks for {asked!r}")) if asked else nullcontext():
+        refuse_packages(code, JobOptions(isolate=True))
 
 
 def test_a_run_to_go_on_with_is_among_the_jobs_checkpoints(cli: Cli) -> None:
