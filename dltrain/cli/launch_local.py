@@ -30,6 +30,7 @@ from dltrain.runtime.logs import outlive_readers
 from dltrain.sagemaker.channels import CODE
 from dltrain.sagemaker.code import is_users, read_code
 from dltrain.sagemaker.fabricated import INSTANCE, Fabricated
+from dltrain.sagemaker.failure import OF_PEERS
 from dltrain.sagemaker.holding import held
 from dltrain.sagemaker.limits import check_value
 from dltrain.sagemaker.options import patterns
@@ -172,16 +173,12 @@ def told(made: Fabricated, statuses: Mapping[str, int]) -> int:
     for place, (host, status) in enumerate(statuses.items()):
         print(f"algo-{place + 1} {_how(status, reasons[host])}", file=sys.stderr)
     hosts = [host for host, status in statuses.items() if status not in (0, EXIT_STOPPED)]
-    hosts.sort(key=lambda host: (_OF_ANOTHER in reasons[host], statuses[host] == EXIT_INTERRUPTED))
+    hosts.sort(key=lambda host: (OF_PEERS in reasons[host], statuses[host] == EXIT_INTERRUPTED))
     failed = [abs(statuses[host]) + 128 * (statuses[host] < 0) for host in hosts]
     if not failed and max(statuses.values()) == 0:
         model = made.bucket / "model"
         print(f"model: {model}; output: {made.bucket / 'output'}; checkpoints: {made.bucket / 'checkpoints'}")
     return failed[0] if failed else max(statuses.values())
-
-
-_OF_ANOTHER = "Another rank or host ended first"
-"""Stands in the failure file of a host that is not to blame."""
 
 
 def _how(status: int, reason: str) -> str:

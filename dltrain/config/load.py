@@ -57,6 +57,8 @@ def check_keys(kind: type[Section], names: Sequence[str]) -> None:
         if name not in known:
             section, _, _ = name.partition(".")
             candidates = [leaf for leaf in known if leaf.startswith(section + ".")]
+            if "." not in name:
+                raise UserError(f"there is no setting {name!r}; {nearest(name, known)}")
             if not candidates and not get_close_matches(name, known):
                 raise UserError(f"there is no section {section!r} for {name!r}; {nearest(section, kind.model_fields)}")
             raise UserError(f"there is no setting {name!r}; {nearest(name, candidates or list(known))}")

@@ -55,7 +55,8 @@ HINTS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 """What to do about an error that an expression is found in, the first one that fits."""
 
-_OF_PEERS = "Another rank or host ended first: its log says why."
+OF_PEERS = "Another rank or host ended first: its log says why."
+"""Stands in the failure file of a host that is not to blame."""
 
 
 _ADDRESS = re.compile(r"[0-9A-Fa-f.:]*[0-9A-Fa-f](?=[\]<])")
@@ -111,7 +112,7 @@ def _hint(failure: Failure) -> str:
         for expression, hint in HINTS:
             if re.search(expression, text, re.IGNORECASE):
                 return hint
-    return _OF_PEERS if is_of_peers(failure) else ""
+    return OF_PEERS if is_of_peers(failure) else ""
 
 
 def _of_peer(failure: Failure, host: str, hosts: Sequence[str]) -> str:

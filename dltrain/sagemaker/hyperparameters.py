@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dltrain.errors import UserError
+from dltrain.config import Config
+from dltrain.config.load import leaves
+from dltrain.errors import UserError, nearest
 from dltrain.sagemaker.folders import Folders, object_of
 from dltrain.sagemaker.model_parallel import NAME as MODEL_PARALLEL
 from dltrain.sagemaker.model_parallel import settings_of
@@ -81,8 +83,8 @@ def read_hyperparameters(variables: Mapping[str, str] | None = None, folders: Fo
             words[setting] = str(value)
         elif "." not in setting:
             raise UserError(
-                f"hyperparameter {name!r} is no setting: settings have a section, as optim__learning_rate has; beside "
-                f"them there are {', '.join(WORDS)} and mp_parameters"
+                f"hyperparameter {name!r} is no setting{_meant(name)}: settings have a section, as "
+                f"optim__learning_rate has; beside them there are {', '.join(WORDS)} and mp_parameters"
             )
         elif setting in settings:
             raise UserError(f"hyperparameter {setting!r} is given twice, with dots and with __; give it once")
@@ -93,6 +95,11 @@ def read_hyperparameters(variables: Mapping[str, str] | None = None, folders: Fo
         mapped, told = settings_of(model_parallel)
         settings = {**mapped, **settings}
     return Hyperparameters(settings, words, frozenset((*given, MODEL_PARALLEL)), told)
+
+
+def _meant(name: str) -> str:
+    found = nearest(name, leaves(Config))
+    return f" ({found})" if found.startswith("did") else ""
 
 
 def _option(word: str) -> str | None:

@@ -83,13 +83,13 @@ def test_a_recipe_is_brought_with_what_lies_beside_it_and_its_packages(cli: Cli,
     mine.mkdir()
     (mine / "beside.py").write_text("NAME = 'beside'\n")
     (mine / "mine.py").write_text("import beside\nimport only_there\n" + Path(TINY).read_text())
-    (mine / "requirements.txt").write_text(f"--no-index\n{wheel(tmp_path, 'only_there')}\n")
+    (mine / "requirements.txt").write_text(f"--no-index\n./{wheel(mine, 'only_there').name}\n")
     words = ("launch", "local", "--as-sagemaker", "mine/mine.py", "--preset", "small", "--run.length", "4st")
     done = cli(*words)
     assert done.status == 0, done.err + done.out
     base = tmp_path / "sagemaker-local" / "algo-1"
     assert {file.name for file in (base / "opt/ml/input/data/code").iterdir()} == {
-        "beside.py", "mine.py", "requirements.txt"}  # fmt: skip
+        "beside.py", "mine.py", "requirements.txt", "only_there-1.0-py3-none-any.whl"}  # fmt: skip
     assert json.loads((base / "opt/ml/input/config/hyperparameters.json").read_text())["recipe"] == '"mine.py"'
     assert subprocess.run([sys.executable, "-c", "import only_there"], capture_output=True).returncode  # not here
     left_out = cli(*words, "--ignore", "beside.py")

@@ -156,6 +156,7 @@ def test_of_the_command_line_only_what_is_no_hyperparameter_is_left(arguments: l
     ("given", "words"),
     [
         ({"epochs": 3}, "hyperparameter 'epochs' is no setting"),
+        ({"lr": 3}, r"hyperparameter 'lr' is no setting \(did you mean 'optim.learning_rate'\?\)"),
         ({"run__seed": 1, "run.seed": 2}, "'run.seed' is given twice"),
         ({"mp_parameters": {"partitions": 2}}, "take instead: parallel.pp"),
         ({"mp_parameters": {"tensor_paralel_degree": 2}}, "did you mean 'tensor_parallel_degree'"),
