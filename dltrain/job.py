@@ -33,7 +33,7 @@ from dltrain.hooks.base import Hook
 from dltrain.job_data import Place, evaluation_loader, open_data, open_held_out, train_loader
 from dltrain.job_hooks import hooks_of
 from dltrain.job_process import environment_of_process, guarded, leave
-from dltrain.job_run import Job, agreed, checkpointer_of, chosen, gathered, held, own, record_end, recorded
+from dltrain.job_run import Job, agreed, checkpointer_of, chosen, held, own, record_end, recorded
 from dltrain.mesh import build_mesh
 from dltrain.parallel.apply import parallelize
 from dltrain.parallel.checks import check_layout, layout_for_scoring
@@ -45,6 +45,7 @@ from dltrain.runtime.launch import RECIPE
 from dltrain.runtime.logs import outlive_readers, say, warn
 from dltrain.runtime.process_group import joined
 from dltrain.runtime.stop import stop_flag
+from dltrain.runtime.together import gathered
 from dltrain.runtime.word import report_ready, report_running, report_stopped
 from dltrain.sagemaker.channels import apply_channels, read_channels, refuse_resume
 from dltrain.sagemaker.debug_hook import apply_debug_hook

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-import torch.distributed as dist
-
 from dltrain import storage
 from dltrain.checkpoint.checkpointer import Checkpointer
 from dltrain.config import Config, to_yaml
@@ -26,6 +24,7 @@ from dltrain.parallel.weights import Weights
 from dltrain.run_folder import RunFolder, choose_run, first_record
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.logs import say
+from dltrain.runtime.together import from_main
 from dltrain.sagemaker.placing import about, refuse_alive
 from dltrain.sagemaker.training_job import TrainingJob
 from dltrain.task import Task
@@ -86,20 +85,10 @@ def agreed(job: Job, decide: Callable[[], T]) -> T:
             decided = [decide()]
         except UserError as error:
             decided = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(decided, src=0)
-    if isinstance(decided[0], UserError):
-        raise decided[0]
-    return cast(T, decided[0])
-
-
-def gathered(value: T) -> list[T]:
-    """The value of each rank, on all of them; collective."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    (found,) = from_main(decided)
+    if isinstance(found, UserError):
+        raise found
+    return cast(T, found)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import torch.distributed as dist
 
 from dltrain import storage
 from dltrain.checkpoint.tensors import load_tensors, parts_saved, save_tensors
@@ -22,6 +21,7 @@ from dltrain.errors import UserError
 from dltrain.parallel.engine import Engine
 from dltrain.runtime.environment import Environment
 from dltrain.runtime.logs import say, warn
+from dltrain.runtime.together import barrier, from_main, gathered
 
 COMMITTED = "COMMITTED"
 STATE = "state.json"
@@ -79,16 +79,16 @@ class Checkpointer:
             (path / COMMITTED).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
-        _barrier()
+        barrier()
         save_tensors(path, engine.state_dict())
         sums = _checksums(path, [file.name for file in path.glob(f"__{self._environment.rank}_*")])
-        files = {name: entry for part in _gather(sums) for name, entry in part.items()}
+        files = {name: entry for part in gathered(sums) for name, entry in part.items()}
         if self._environment.is_main:
             storage.write(str(path / STATE), _as_json(state).encode())
             files |= _checksums(path, [STATE, ".metadata"])
             storage.write(str(path / COMMITTED), json.dumps({"step": step, "files": files}, indent=1).encode())
         self._prune()
-        _barrier()
+        barrier()
         self._refuse_unshared(path)
         self._whole = step
         self.longest = max(self.longest, time.monotonic() - started)
@@ -131,20 +131,20 @@ class Checkpointer:
         """Load, and go on from there: later checkpoints, damaged ones among them, are dropped; collective."""
         best = self.load(path, engine).get("best")
         self._whole = int(json.loads((path / COMMITTED).read_text())["step"])
-        whole = set(_from_main([each.name for each in committed(self.folder)]))
+        whole = set(from_main([each.name for each in committed(self.folder)]))
         if self._tidies:
             for other in self.folder.glob("step-*"):
                 if other.name > path.name or other.name not in whole:  # torn saves among them
                     self._drop(other)
         if best is not None:
             self.mark_best(**best)  # the run may have ended between the save and the mark
-        _barrier()
+        barrier()
 
     def latest(self) -> Path | None:
         """The last committed checkpoint whose files are whole; collective. Damaged ones are passed over, aloud."""
-        for name in _from_main([path.name for path in committed(self.folder)[::-1]]):
+        for name in from_main([path.name for path in committed(self.folder)[::-1]]):
             path = self.folder / name
-            damage = [found for found in _gather(self._damage(path)) if found]
+            damage = [found for found in gathered(self._damage(path)) if found]
             if not damage:
                 self._checked = path
                 return path
@@ -158,18 +158,18 @@ class Checkpointer:
             now = time.strftime("%Y%m%d-%H%M%S")
             for path in self.folder.glob("step-*"):
                 path.rename(self.folder / f"damaged-{now}-{path.name}")
-        _barrier()
+        barrier()
 
     def refuse_damaged(self, path: Path) -> None:
         """Check sizes and checksums of its files, each on one rank; collective. Raises :class:`UserError`."""
-        damage = [found for found in _gather(self._damage(path)) if found]
+        damage = [found for found in gathered(self._damage(path)) if found]
         if damage:
             raise UserError(f"the checkpoint {path} is damaged: {damage[0]}; take another one")
 
     def best(self) -> Path | None:
         """The checkpoint marked best, as rank 0 sees it; collective."""
         found = best_checkpoint(self.folder)
-        name = _from_main(None if found is None else found.name)
+        name = from_main(None if found is None else found.name)
         return None if name is None else self.folder / str(name)
 
     def mark_best(self, step: int, metric: str, value: float) -> None:
@@ -187,7 +187,7 @@ class Checkpointer:
             kept = {best, step_folder(self.folder, self._saved)}
             old = [path.name for path in committed(self.folder)[: -self._keep] if path not in kept]
         if not self._shared:
-            old = _from_main(old)
+            old = from_main(old)
         if self._tidies:
             for name in old:
                 self._drop(self.folder / name)
@@ -201,7 +201,7 @@ class Checkpointer:
         """Ranks that do not see what rank 0 has written could never load it."""
         if self._seen_by_all:
             return
-        blind = [rank for rank, sees in enumerate(_gather((path / COMMITTED).is_file())) if not sees]
+        blind = [rank for rank, sees in enumerate(gathered((path / COMMITTED).is_file())) if not sees]
         if blind:
             raise UserError(f"rank {blind[0]} does not see {path}: run.folder must lie on a disk that all hosts share")
         self._seen_by_all = True
@@ -268,25 +268,3 @@ def _checksums(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
                 checksum.update(chunk)
         entries[name] = {"bytes": (folder / name).stat().st_size, "crc32c": int(checksum.hexdigest(), 16)}
     return entries
-
-
-def _gather(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_main(value: Any) -> Any:
-    """Rank 0's value on every rank: ranks may see a shared disk at different moments."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

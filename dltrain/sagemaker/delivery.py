@@ -9,13 +9,12 @@ import json
 import shutil
 from collections.abc import Mapping
 
-import torch.distributed as dist
-
 from dltrain import storage
 from dltrain.checkpoint.export import export_model
 from dltrain.parallel.engine import Engine
 from dltrain.run_folder import RunFolder
 from dltrain.runtime.environment import Environment
+from dltrain.runtime.together import barrier
 from dltrain.sagemaker.training_job import TrainingJob
 
 SCORES = "scores.json"
@@ -44,5 +43,4 @@ def deliver(
         storage.write(str(output / SCORES), (json.dumps(dict(scores), indent=1) + "\n").encode())
         if run.report.is_dir():
             shutil.copytree(run.report, output / "report", dirs_exist_ok=True)
-    if dist.is_initialized():
-        dist.barrier()  # a host whose ranks have left would be ended while this one still writes
+    barrier()  # a host whose ranks have left would be ended while this one still writes

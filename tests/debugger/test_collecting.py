@@ -94,6 +94,7 @@ def test_histograms_are_numpys_and_quantiles_are_within_a_bin() -> None:
     assert odd[0] == odd[-1] == 1
 
 
+@pytest.mark.slow
 def test_everything_that_can_be_collected_is(cli: Cli, tmp_path: Path) -> None:
     collections = "{last: {include: ['5_(in|out)put_'], every: 3st, raw: true}}"
     words = ("--debugger.every", "4st", "--debugger.collect", "all", "--debugger.histograms", "true")

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import ROOT
 
 MIND = """
@@ -103,6 +105,7 @@ def test_after_a_signal_it_is_let_go_sooner_than_by_force(tmp_path: Path) -> Non
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_one_whose_ranks_died_at_work_ends_by_itself(tmp_path: Path) -> None:
     code = AGENT.format(running="(folder / 'running-0').touch(); time.sleep(3); sys.exit(4)")
     assert minded(tmp_path, code)["status"] == 4

@@ -247,6 +247,7 @@ def test_ctrl_c_leaves_the_job_alone(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_job_where_it_is_to_and_a_second_one_leaves_it(tmp_path: Path) -> None:
     with following(tmp_path, "--stop-on-interrupt") as (process, aws):
         process.send_signal(signal.SIGINT)

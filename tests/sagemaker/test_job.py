@@ -35,6 +35,7 @@ def describe(base: Path, **modes: str) -> dict[str, str]:
     return {"SAGEMAKER_BASE_DIR": str(base)}
 
 
+@pytest.mark.slow
 def test_channels_that_are_folders_stand_for_the_urls(cli: Cli, base: Path) -> None:
     variables = describe(base, train="FastFile", validation="File")
     done = cli(*TRAIN, *SHORT, **variables)

@@ -295,6 +295,7 @@ def test_an_option_that_is_no_yaml_is_refused_by_its_name(text: str) -> None:
         launch_sagemaker.run([TINY, "--dry-run", "--tags", text])
 
 
+@pytest.mark.slow
 def test_packages_to_be_fetched_without_a_network_are_refused(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(Path(TINY).read_text())
     (tmp_path / "requirements.txt").write_text("# ours\ntimm==1.0\n")

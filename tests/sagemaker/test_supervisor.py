@@ -331,6 +331,7 @@ def test_accelerators_that_torch_does_not_know_are_refused(tmp_path: Path) -> No
     assert "ml.trn1.32xlarge has no GPU" in made.failure(made.names[0])
 
 
+@pytest.mark.slow
 def test_a_recipe_below_the_top_of_its_code_finds_modules_there(tmp_path: Path) -> None:
     made = Fabricated(tmp_path, 1, {**SETTINGS, "recipe": "sub/mine.py", "run__length": "4st"})
     made.lay_down()
