@@ -67,11 +67,11 @@ class Environment:
 def _numbered(variables: Mapping[str, str], names: tuple[str, ...], launcher: str, head: str = "") -> Environment:
     try:
         rank, world, local, local_world = (int(variables.get(n, d)) for n, d in zip(names, "0101", strict=True))
+        hosts = int(variables.get(HOSTS) or 0) if launcher == "torchrun" else 0
     except ValueError as error:
         raise UserError(f"{', '.join(names[:-1])} and {names[-1]} must be whole numbers: {error}") from None
     if names[-1] not in variables and world > 1:
         local_world = world
-    hosts = int(variables.get(HOSTS) or 0) if launcher == "torchrun" else 0
     if hosts and hosts * local_world != world:
         raise UserError(
             f"this host runs {local_world} rank(s) of {world}, and there are {hosts} hosts: every host must run the "

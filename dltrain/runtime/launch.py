@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Self
 
 from dltrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
-from dltrain.runtime.environment import cores
+from dltrain.runtime.environment import HOSTS, cores
 from dltrain.runtime.word import FAILURES, failures_in, ready_in, running_in, stopped_in
 
 RECIPE = "DLTRAIN_RECIPE"
@@ -55,6 +55,7 @@ def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(ranks),
+        HOSTS: "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // ranks))),

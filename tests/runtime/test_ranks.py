@@ -102,7 +102,11 @@ def test_the_environment_is_read_and_checked() -> None:
     here = Environment.read(two_nodes)
     assert (here.node, here.nodes, here.is_main) == (1, 2, False)
     assert Environment.read({}) == Environment(0, 1, 0, 1)
-    for bad, message in (({"RANK": "x"}, "whole numbers"), ({"RANK": "2", "WORLD_SIZE": "2"}, "must lie in the world")):
+    for bad, message in (
+        ({"RANK": "x"}, "whole numbers"),
+        ({"RANK": "0", "GROUP_WORLD_SIZE": "x"}, "whole numbers"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "must lie in the world"),
+    ):
         with pytest.raises(UserError, match=message):
             Environment.read(bad)
     for local in ("1", "3"):  # hosts of 1 rank and of 3: each of them refuses
